@@ -17,6 +17,7 @@ import uvloop
 from cli.bench.http_stream import Pool
 from cli.bench.load import Answer, Arrival, Load, Part
 from cli.bench.pictures import Pictures
+from cli.bench.rehearsal import scratch_server
 
 PAUSE_S = 0.1  # of a client whose request has failed
 
@@ -81,15 +82,33 @@ class Client:
         return answer
 
 
-def main() -> int:
-    client = Client(msgspec.json.decode(sys.stdin.readline(), type=Load))
+async def rehearse(load: Load) -> None:
+    """Send one request to a server of our own, as those of `load` will be sent."""
+    async with scratch_server() as url:
+        once = msgspec.structs.replace(
+            load, url=url, prompt=(1, 1), picture=None, clients=1, requests=1, seconds=None, arrivals=()
+        )
+        client = Client(once)
+        await client.run(time.monotonic())
+        assert client.answers[0].error is None, client.answers[0].error
+
+
+async def measure() -> Part:
+    """Send the load that standard input names, from the moment on that it names next; return what came."""
+    load = msgspec.json.decode(sys.stdin.readline(), type=Load)
+    client = Client(load)
+    await rehearse(load)
     print("ready", flush=True)
     began, busy = float(sys.stdin.readline()), time.process_time()
-    uvloop.run(client.run(began))
-    cpu = (time.process_time() - busy) / (time.monotonic() - began)
+    await client.run(began)
+    return Part(client.answers, (time.process_time() - busy) / (time.monotonic() - began))
+
+
+def main() -> int:
+    part = uvloop.run(measure())
     # Not sys.stdout: where Python is told to be unbuffered, it writes as much as the pipe takes at once, and no more.
     with open(sys.stdout.fileno(), "wb", closefd=False) as out:
-        out.write(msgspec.json.encode(Part(client.answers, cpu)))
+        out.write(msgspec.json.encode(part))
     return 0
 
 

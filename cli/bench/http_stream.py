@@ -15,6 +15,7 @@ from httptools import HttpResponseParser
 from cli.bench.load import Answer
 
 MOST_OF_AN_ERROR = 300  # bytes
+CONTENT_LENGTH = b"content-length: "  # the last header of a request
 
 
 class _Delta(msgspec.Struct):
@@ -145,8 +146,8 @@ class Pool:
         authorization = f"authorization: Bearer {key}\r\n" if key else ""
         self._head = (
             f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\n{authorization}"
-            "content-type: application/json\r\naccept: text/event-stream\r\ncontent-length: "
-        )
+            "content-type: application/json\r\naccept: text/event-stream\r\n"
+        ).encode() + CONTENT_LENGTH
         self._idle: list[Connection] = []
 
     async def ask(self, body: bytes, answer: Answer) -> None:
@@ -158,7 +159,7 @@ class Pool:
             answer.error, answer.ended = f"cannot connect: {str(error) or type(error).__name__}", time.monotonic()
             return
         try:
-            await connection.stream(f"{self._head}{len(body)}\r\n\r\n".encode(), body, answer)
+            await connection.stream(self._head + b"%d\r\n\r\n" % len(body), body, answer)
         except asyncio.CancelledError:
             connection.close()
             raise

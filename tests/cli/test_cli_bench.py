@@ -29,7 +29,9 @@ from cli.bench.client import Client
 from cli.bench.command import run as run_processes
 from cli.bench.figures import figures, first_of, first_table, quantile, table
 from cli.bench.guesses import Counters, read
+from cli.bench.http_stream import Pool
 from cli.bench.load import Answer, Arrival, Load, Part, even, poisson, shares
+from cli.bench.rehearsal import scratch_server
 from cli.main import main
 from shared.errors import ConfigError
 
@@ -222,6 +224,17 @@ def test_the_time_being_up_ends_it() -> None:
     with scripted(pieces=(WORD,)) as (url, _):
         answers = run(url, arrivals=(Arrival(0.0, 5), Arrival(3600.0, 5)), seconds=0.0)
     assert len(answers) <= 1  # the second one's time never came
+
+
+def test_a_process_rehearses_with_a_whole_answer_that_it_reads() -> None:
+    async def ask() -> Answer:
+        answer = Answer(1, 0.0)
+        async with scratch_server() as url:
+            await Pool(url, "key").ask(b'{"prompt": [1]}', answer)
+        return answer
+
+    answer = asyncio.run(ask())
+    assert (len(answer.events), answer.tokens, answer.error) == (1, 1, None)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
