@@ -38,7 +38,7 @@ COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of
 
 
 def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
-    """Check that every port is free, where it will be listened.
+    """Check that every port is free at the address at which it will be opened.
 
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.

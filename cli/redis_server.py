@@ -128,8 +128,8 @@ class RedisServer:
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write_users()
             self._lock()
-            self._users.write_text(users_file(self._namespace))
         except OSError as error:
             raise ConfigError(f"the directory of Redis's data cannot be used: {error}") from error
         command = [self.binary, *self._options()]
@@ -141,6 +141,12 @@ class RedisServer:
             umask=0o077,  # what clients have sent is in its files
             restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
+
+    def _write_users(self) -> None:
+        """Write the file of users, unless it is there: a disk that is full must not keep the server from its data."""
+        wanted = users_file(self._namespace)
+        if not self._users.exists() or self._users.read_text() != wanted:
+            self._users.write_text(wanted)
 
     def _lock(self) -> None:
         """Lock data that are kept, until `stop` or `kill`: of two servers, each of which appends to the same file as if

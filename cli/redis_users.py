@@ -15,9 +15,13 @@ def users_file(namespace: str) -> str:
     """Return the server's ACL file for a deployment whose keys begin with `namespace`."""
     lines = (files("shared.bus") / "users.acl").read_text(encoding="utf-8").splitlines(keepends=True)
     rights = "".join(line for line in lines if line.strip() and not line.startswith("#")).replace("\n ", " ")
-    return _PERSON + re.sub(r"^user (\S+)", r"user \1 on nopass", rights, flags=re.MULTILINE).replace(
-        "NS:", f"{namespace}:"
-    )
+    rights = rights.replace("NS:", f"{_pattern(namespace)}:")
+    return _PERSON + re.sub(r"^user (\S+)", r"user \1 on nopass", rights, flags=re.MULTILINE)
+
+
+def _pattern(namespace: str) -> str:
+    """Return a pattern for it, with ? (any byte) for each byte that a pattern cannot have, or not as itself."""
+    return re.sub(r"[^\w.-]", lambda found: "?" * len(found[0].encode()), namespace, flags=re.ASCII)
 
 
 def sign_in(url: str, service: str) -> str:

@@ -1,14 +1,17 @@
 """The users of Redis: every test of a service runs as its user (tests/conftest.py), so here is what nobody may."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 from redis_clients import signed_in
 
-from cli.redis_users import users_file
-from shared.bus.client import command
+from cli.redis_server import RedisServer
+from cli.redis_users import sign_in, users_file
+from shared.bus.client import command, connect
 from shared.bus.keys import SERVICES, Keys
 
 USERS = ("gateway", "mm-encoder", "engine", "postproc", "viewer", "operator", "autoscaler", "scaler", "monitor")
@@ -115,7 +118,21 @@ async def test_what_is_refused_within_a_script_is_noted(redis: Redis, keys: Keys
     await redis.acl_log_reset()
 
 
-def test_every_user_of_the_table_is_made(tmp_path: Path) -> None:
+@pytest.mark.system
+async def test_any_namespace_has_users() -> None:
+    strange = "a b\n*é["
+    with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-")), namespace=strange) as server:
+        own = connect(sign_in(server.url, "engine"))
+        try:
+            assert await own.set(Keys(strange).journal("r"), "x")
+            with pytest.raises(NoPermissionError):
+                await own.set(Keys("a b").journal("r"), "x")
+        finally:
+            await own.aclose()
+    shutil.rmtree(server.directory)
+
+
+def test_every_user_of_the_table_is_made() -> None:
     lines = users_file("a.b").splitlines()
     assert [line.split()[1] for line in lines] == ["default", *USERS]
     assert not any("NS:" in line or "test:" in line for line in lines)
