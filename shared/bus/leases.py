@@ -171,10 +171,8 @@ class Fence:
         Raises:
             FencedError: another replica owns one of the shards; nothing was written.
         """
-        is_read = self._args != [0]
-        first = self._key if is_read or not keys else keys[0]  # a gateway has no right to write the shards
         try:
-            return await script(keys=[first, *keys], args=[*self._args, *args])
+            return await script(keys=[self._key, *keys], args=[*self._args, *args])
         except ResponseError as error:
             if str(error).startswith(_FENCED):
                 raise FencedError(str(error)) from None
