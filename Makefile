@@ -3,7 +3,6 @@ SHELL := /bin/bash
 VENV ?= .venv
 PORT ?= 8180
 METRICS_PORT ?= 8181
-REDIS_PORT ?= 8182
 
 # Unless one is named, the first of these that is there and new enough. The middle line is Python, run by each.
 VERSIONS := 3.11 3.12 3.13
@@ -53,7 +52,7 @@ DEMO = --model cli/demo_checkpoint --served-model-name demo --limit-mm-per-promp
 .PHONY: serve wheel images chart eval check check-code check-tensors check-rest check-pythons test test-types test-all test-random chaos test-chart test-images test-cluster test-alerts test-browser test-cards test-clients test-fuzz console-packages
 
 serve: $(VENV)/.installed-cli
-	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT) --engine-worker-queue-port $(REDIS_PORT)
+	$(VENV)/bin/millrace serve $(DEMO) --port $(PORT) --metrics-port $(METRICS_PORT)
 
 # For other machines: `pip install` takes it with the pins of constraints.txt (README).
 wheel: $(VENV)/bin/python

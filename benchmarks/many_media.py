@@ -37,6 +37,7 @@ import redis
 from PIL import Image
 
 from benchmarks.pipeline import free_port
+from cli.connection import scratch_prefix
 
 CONTEXT = 32_768
 TOKEN = 28 * 28  # pixels
@@ -166,11 +167,11 @@ def files(images: int, videos: int, first: int = 0) -> dict[str, bytes]:
 @contextmanager
 def serving(directory: Path) -> Iterator[tuple[str, str, Memory]]:
     """Run `millrace serve`; yield its URL, that of its metrics, and its memory."""
-    port, metrics_port, redis_port = free_port(), free_port(), free_port()
+    port, metrics_port = free_port(), free_port()
     segments = Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
     command = [str(Path(sys.executable).with_name("millrace")), "serve", "--demo", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--metrics-port", str(metrics_port), "--max-model-len", str(CONTEXT)]
-    command += ["--engine-worker-queue-port", str(redis_port), "--served-model-name", "demo"]
+    command += ["--served-model-name", "demo"]
     command += ["--limit-mm-per-prompt", '{"image": 100, "video": 100}', "--mm-processor-kwargs", json.dumps(SIZES)]
     settings = {"MILLRACE_MEDIA_ALLOW_NETWORKS": '["127.0.0.0/8"]', "MILLRACE_SEGMENTS_DIR": str(segments)}
     environ = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "TMPDIR": str(directory), **settings}
@@ -184,7 +185,8 @@ def serving(directory: Path) -> Iterator[tuple[str, str, Memory]]:
                     break
             time.sleep(0.2)
         metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-        yield url, metrics, Memory(process.pid, f"redis://127.0.0.1:{redis_port}", segments)
+        (redis_socket,) = directory.glob(f"{scratch_prefix(port)}*/redis.sock")
+        yield url, metrics, Memory(process.pid, f"unix://{redis_socket}", segments)
     finally:
         process.terminate()
         process.wait()

@@ -14,7 +14,7 @@ from shared.config import variable
 from shared.errors import ConfigError
 
 _SOCKET = "redis.sock"
-LOCAL = "redis://127.0.0.1:8182/0"  # where `millrace serve` has its Redis unless told otherwise
+NAMESPACE = "millrace"  # what a deployment's keys begin with unless told otherwise
 
 
 def no_answer(error: RedisError) -> str:
@@ -59,7 +59,7 @@ def named_or_found(url: str) -> str:
     """Return the URL, if one was named, else that of the instance which runs here.
 
     Raises:
-        ConfigError: several do.
+        ConfigError: several do, or none.
     """
     if url:
         return url
@@ -67,7 +67,9 @@ def named_or_found(url: str) -> str:
     if len(found) > 1:
         named = ", ".join(f"{url} (that of port {port})" for port, url in found.items())
         raise ConfigError(f"argument --redis-url: more than one `millrace serve` runs here; name one: {named}")
-    return next(iter(found.values()), LOCAL)
+    if not found:
+        raise ConfigError("argument --redis-url: no `millrace serve` of this user runs here; name a deployment's Redis")
+    return next(iter(found.values()))
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,7 +102,7 @@ def parser(
     )
     made.add_argument(
         "--namespace",
-        default=environ.get(variable("namespace"), "millrace"),
+        default=environ.get(variable("namespace"), NAMESPACE),
         metavar="NAME",
         help="what the deployment's keys begin with (%(default)s)",
     )

@@ -32,13 +32,13 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 
 
 # As the Makefile calls them.
-PORT_NAMES = {"--port": "PORT", "--metrics-port": "METRICS_PORT", "--engine-worker-queue-port": "REDIS_PORT"}
+PORT_NAMES = {"--port": "PORT", "--metrics-port": "METRICS_PORT"}
 
 COMPUTE_SERVICES = ("mm_encoder", "engine")  # use torch, and share the cores of this machine
 
 
 def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
-    """Check that every port is free, where the gateway's and Redis's will listen.
+    """Check that every port is free at the address at which it will be opened.
 
     Raises:
         ConfigError: two of our ports are the same, or one is taken; the message names the flag.
@@ -47,8 +47,6 @@ def check_ports(launch: Launch, environ: Mapping[str, str]) -> None:
         "--port": (launch.host, launch.port),
         "--metrics-port": (metrics_address(launch, environ), launch.metrics_port),
     }
-    if launch.redis_url is None:
-        wanted["--engine-worker-queue-port"] = ("127.0.0.1", launch.redis_port)
     seen: dict[int, str] = {}
     for flag, (host, port) in wanted.items():
         if port in seen:

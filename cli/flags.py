@@ -48,7 +48,6 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     metrics_port: int
     gateways: int  # processes that take requests
-    redis_port: int
     redis_url: str | None  # None: start one of our own
     redis_dir: Path | None  # where our own keeps its data; None: where it is gone when we end
     settings: dict[str, Any]  # by the name of the setting; only what was given
@@ -127,11 +126,10 @@ def _parser() -> _Parser:
     )
     listen.add_argument(
         "--engine-worker-queue-port",
-        dest="redis_port",
+        action=_Accept,
         type=_port,
-        default=8182,
         metavar="PORT",
-        help="the embedded Redis, on 127.0.0.1 (%(default)s)",
+        help="taken and not needed: work goes through Redis, by a socket that this user alone can open",
     )
     redis = listen.add_mutually_exclusive_group()
     redis.add_argument("--redis-url", default=None, metavar="URL", help="use this Redis instead of starting one")

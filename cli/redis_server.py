@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from cli.redis_users import users_file
 from shared.errors import ConfigError
 from shared.tether import tethered
 
@@ -59,9 +60,10 @@ def _version(binary: str) -> tuple[int, int]:
 class RedisServer:
     """Server process that lives in `directory`: its log, its unix socket and, with `persistence`, its append-only file.
 
-    It always listens on a unix socket (`directory`/redis.sock unless told otherwise) and, given a `port`, on
-    127.0.0.1 too; on no other address. It has a process session of its own, so that Ctrl-C in a terminal reaches
-    the services first and they can still finish their work.
+    It always listens on a unix socket (`directory`/redis.sock unless told otherwise), which its user alone may open,
+    and, given a `port`, on 127.0.0.1 too, without a password; on no other address. Services sign in as its users
+    (cli/redis_users.py). It has a process session of its own, so that Ctrl-C in a terminal reaches the services first
+    and they can still finish their work.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class RedisServer:
         persistence: bool = False,
         dies_with_us: bool = False,
         binary: str | None = None,
+        namespace: str = "millrace",
     ) -> None:
         """Find the server's program, and start nothing.
 
         With `dies_with_us` the server is killed when the thread that has started it ends, be it by SIGKILL.
+        `namespace` is what the keys begin with to which its users have rights.
 
         Raises:
             ConfigError: no server can be found, or the socket's path is longer than the system allows.
@@ -86,6 +90,7 @@ class RedisServer:
         self.unix_socket = (unix_socket or self.directory / "redis.sock").absolute()
         self.persistence = persistence
         self._dies_with_us = dies_with_us
+        self._namespace = namespace
         self.binary = binary or find_server()
         self._process: subprocess.Popen[bytes] | None = None
         self._locked: IO[bytes] | None = None
@@ -100,6 +105,10 @@ class RedisServer:
     @property
     def log(self) -> Path:
         return self.directory / "redis.log"
+
+    @property
+    def _users(self) -> Path:
+        return self.unix_socket.with_suffix(".acl")
 
     def start(self) -> None:
         """Start the server and return once it answers.
@@ -119,6 +128,7 @@ class RedisServer:
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write_users()
             self._lock()
         except OSError as error:
             raise ConfigError(f"the directory of Redis's data cannot be used: {error}") from error
@@ -131,6 +141,12 @@ class RedisServer:
             umask=0o077,  # what clients have sent is in its files
             restore_signals=False,  # a limit on the size of files is then an error of its disk, not its death
         )
+
+    def _write_users(self) -> None:
+        """Write the file of users, unless it is there: a disk that is full must not keep the server from its data."""
+        wanted = users_file(self._namespace)
+        if not self._users.exists() or self._users.read_text() != wanted:
+            self._users.write_text(wanted)
 
     def _lock(self) -> None:
         """Lock data that are kept, until `stop` or `kill`: of two servers, each of which appends to the same file as if
@@ -224,6 +240,7 @@ class RedisServer:
             "--unixsocket": str(self.unix_socket),
             "--unixsocketperm": "700",
             "--daemonize": "no",
+            "--aclfile": str(self._users),
             "--dir": str(self.directory),
             "--logfile": str(self.log),
             "--save": "",

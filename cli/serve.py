@@ -16,12 +16,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cli import mps, signals
-from cli.connection import scratch_prefix, scratch_socket
+from cli.connection import NAMESPACE, scratch_prefix, scratch_socket
 from cli.environment import COMPUTE_SERVICES, check_ports, environments, metrics_address, settings_of
 from cli.flags import Launch, unread_variables
 from cli.installation import how_to_install, services_are_found
 from cli.output import WRITER
 from cli.redis_server import RedisServer
+from cli.redis_users import sign_in
 from cli.refusal import Refusals
 from cli.scratch import scratch_directory
 from cli.supervisor import BACKOFF_S, RESTARTS, STEADY_S, Child, GaveUp
@@ -76,13 +77,15 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         write_demo(launch.model)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(scratch_prefix(launch.port)))
-        redis = _own_redis(launch, directory) if launch.redis_url is None else None
+        redis = _own_redis(launch, directory, environ) if launch.redis_url is None else None
         in_memory = directory  # unless there is memory
         if _has_room(SHARED_MEMORY, METRICS_BYTES):
             in_memory = stack.enter_context(scratch_directory("millrace-memory-", SHARED_MEMORY))
             if _has_room(SHARED_MEMORY, SHARED_BYTES):
                 environ = {variable("segments_dir"): str(in_memory / "segments"), **environ}
         environs = environments(launch, redis.url if redis else str(launch.redis_url), environ)
+        for service, each in environs.items() if redis else ():
+            each[variable("redis_url")] = sign_in(each[variable("redis_url")], service)
         if mps.is_wanted(environs["mm_encoder"]):
             told = stack.enter_context(mps.daemon(directory / "mps", environs["mm_encoder"]))
             for service in COMPUTE_SERVICES:
@@ -96,7 +99,7 @@ def serve(launch: Launch, environ: Mapping[str, str]) -> int:
         listener = stack.enter_context(bind(launch.host, launch.port))
         if redis:
             stack.enter_context(redis)
-            report(f"redis      ready on 127.0.0.1:{launch.redis_port}")
+            report("redis      ready")
         system = System(launch, redis, environs, listener, metrics_at)
         status = asyncio.run(system.run())
         if redis:
@@ -115,11 +118,15 @@ def _has_room(memory: Path, size: int) -> bool:
     return disk.f_frsize * disk.f_bavail >= size
 
 
-def _own_redis(launch: Launch, scratch: Path) -> RedisServer:
-    """Make an append-only Redis, whose data outlive a crash of it. Its socket is in `scratch`, whose path is short."""
-    kept = launch.redis_dir or scratch / "redis"
+def _own_redis(launch: Launch, scratch: Path, environ: Mapping[str, str]) -> RedisServer:
+    """Make an append-only Redis, whose data outlive a crash of it. Its socket is in `scratch`, whose path is short, and
+    which nobody else may enter; it has no port, which every user of this machine could reach."""
     return RedisServer(
-        kept, port=launch.redis_port, unix_socket=scratch_socket(scratch), persistence=True, dies_with_us=True
+        launch.redis_dir or scratch / "redis",
+        unix_socket=scratch_socket(scratch),
+        persistence=True,
+        dies_with_us=True,
+        namespace=environ.get(variable("namespace"), NAMESPACE),
     )
 
 
@@ -178,7 +185,7 @@ class System:
         self._metrics_host = metrics_host
         self._metrics = environs["gateway"][METRICS_DIRECTORY]
         self._redis = redis
-        self._redis_url = common.redis_url
+        self._redis_url = redis.url if redis else common.redis_url
         self._keys = Keys(common.namespace)
         self._drain_s = common.drain_s
         self._drain_until = 0.0

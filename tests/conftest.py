@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from machine import PATIENCE_S, free_port
+from machine import free_port
 from redis.asyncio import Redis
+from redis_clients import patient
 
 from cli.redis_server import RedisServer
-from shared.bus import client as redis_client
-from shared.bus.client import connect
 from shared.bus.keys import Keys
 from shared.reproducible import fix_order_of_sums
 
@@ -130,24 +129,24 @@ sys.addaudithook(_note_process)
 def redis_server() -> Iterator[RedisServer]:
     """One server for the session, on a unix socket only. Its path is short, as socket paths must be."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    with RedisServer(directory, binary=SERVER_BINARY, dies_with_us=True) as server:
+    with RedisServer(directory, binary=SERVER_BINARY, dies_with_us=True, namespace="test") as server:
         yield server
     shutil.rmtree(directory)
 
 
 @pytest.fixture
-def redis_url(redis_server: RedisServer) -> str:
-    """The URL of an empty Redis."""
+def redis_url(redis_server: RedisServer) -> Iterator[str]:
+    """The URL of an empty Redis. In the end nobody may have been refused what it asked for (shared/bus/users.acl)."""
     assert redis_server.command("FLUSHALL").startswith(b"+OK")
-    return redis_server.url
+    assert redis_server.command("ACL LOG RESET").startswith(b"+OK")
+    yield redis_server.url
+    assert (refused := redis_server.command("ACL LOG")) == b"*0\r\n", refused
 
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    """A client as the services have it, but that takes nobody who stands still for dead: it would say all again."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(redis_client, "REPLY_S", PATIENCE_S)
-        client = connect(redis_url)
+    """A client as the services have it, but patient, and with all rights."""
+    client = patient(redis_url)
     yield client
     await client.aclose()
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -20,11 +21,13 @@ from typing import Any
 
 import av
 import numpy as np
+import redis
 from machine import PATIENCE_S, free_ports
 from PIL import Image
 from redis.asyncio import Redis
 from server_thread import served
 
+from cli.connection import scratch_prefix
 from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.tether import tethered
@@ -50,13 +53,14 @@ class System:
     ) -> None:
         """Start it. `output`: where it writes to instead of its log. `prepare`: called in its process before it.
         `below`: the command whose child it is."""
-        self.port, self.metrics_port, self.redis_port = free_ports(3)
+        self.port, self.metrics_port = free_ports(2)
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
+        self._temporary = Path(environ.get("TMPDIR", tempfile.gettempdir()))
         self._mark = f"TEST_SYSTEM={directory}\0".encode()
         self.log = directory / "serve.log"
         ports = ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
-        ports += ["--engine-worker-queue-port", str(self.redis_port), "--host", "127.0.0.1"]
+        ports += ["--host", "127.0.0.1"]
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "FD_"))}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -100,7 +104,7 @@ class System:
         """Return when nothing that it started runs or listens. A process that ends has no command line any more while
         its sockets are still being closed."""
         deadline = time.monotonic() + PATIENCE_S
-        ports = (self.port, self.metrics_port, self.redis_port)
+        ports = (self.port, self.metrics_port)
         while left := [*self.children(), *filter(self.answers, ports)]:
             assert time.monotonic() < deadline, f"still running: {left}\n{self.tail()}"
             time.sleep(LOOK_S)
@@ -154,9 +158,21 @@ class System:
         """Return when a metric has this value: a client has its answer before the gateway has counted it."""
         self._until(lambda: self.metric(name) == value, PATIENCE_S, f"{name} was not {value}")
 
+    @property
+    def redis_url(self) -> str:
+        """The URL of its Redis, with all rights."""
+        (path,) = self._temporary.glob(f"{scratch_prefix(self.port)}*/redis.sock")
+        return f"unix://{path}"
+
+    def check_rights(self) -> None:
+        """Check that nobody was refused what it asked its Redis for (shared/bus/users.acl)."""
+        for path in self._temporary.glob(f"{scratch_prefix(self.port)}*/redis.sock"):
+            with redis.Redis.from_url(f"unix://{path}") as client:
+                assert client.acl_log() == []
+
     async def running_requests(self) -> int:
         """Return the number of requests that the engine has, waiting or running."""
-        client = connect(f"redis://127.0.0.1:{self.redis_port}")
+        client = connect(self.redis_url)
         try:
             return int(await client.xlen(Keys("millrace").stream(GENERATE)))
         finally:
@@ -166,7 +182,7 @@ class System:
         """Return what Redis still holds of requests, once it holds nothing or PATIENCE_S have passed: keys other than
         _LASTING, and the lengths of the work streams.
         """
-        client = connect(f"redis://127.0.0.1:{self.redis_port}")
+        client = connect(self.redis_url)
         try:
             for _ in range(int(PATIENCE_S / LOOK_S)):
                 if not (left := await _of_requests(client, Keys("millrace"))):
@@ -180,8 +196,9 @@ class System:
         """Stop it as Ctrl-C does, and check that it ended as it should.
 
         Raises:
-            AssertionError: another exit status than 0, or a traceback in what it wrote.
+            AssertionError: another exit status than 0, or a traceback in what it wrote; or Redis refused something.
         """
+        self.check_rights()
         self.signal(signal.SIGINT)
         status = self.wait(PATIENCE_S)
         assert status == 0, f"exit status {status}\n{self.tail()}"

@@ -71,7 +71,7 @@ def served(model: Path, form: str, port: int) -> Iterator[str]:
         directory = widened(model, Path(scratch, "float32")) if form == "float32" else model
         millrace = Path(sys.executable).with_name("millrace")
         command = [str(millrace), "serve", "--model", str(directory), "--port", str(port)]
-        command += ["--metrics-port", str(port + 1), "--engine-worker-queue-port", str(port + 2)]
+        command += ["--metrics-port", str(port + 1)]
         command += ["--mm-processor-kwargs", json.dumps(PROCESSOR)]
         command += ["--limit-mm-per-prompt", '{"image": 4}']
         command += ["--quantization", form] if form.startswith("wint") else []

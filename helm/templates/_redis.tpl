@@ -83,16 +83,20 @@ millrace/redis-passwords: {{ .Values.redis.passwordGeneration | quote }}
 {{- with index .previous .user }} #{{ . | sha256sum }}{{ end -}}
 {{- end -}}
 
-{{/* The users of the chart's Valkey. Services may do all that is not administration, within the release's keys, and INFO. Without
-     passwords it serves to tell whether the users' rights have changed. */}}
+{{/* The users of the chart's Valkey: files/users.acl, with the release's namespace and with passwords. Without these it
+     serves to tell whether the users' rights have changed. */}}
 {{- define "millrace.redisAcl" -}}
-{{- $keys := printf "~%s:*" (include "millrace.namespace" .root) -}}
+{{- $namespace := printf "%s:" (include "millrace.namespace" .root) -}}
 user default on nopass resetkeys resetchannels -@all +ping
-{{- range list "gateway" "mm-encoder" "engine" "postproc" }}
-user {{ . }} on {{ include "millrace.redisPasswords" (merge (dict "user" .) $) }} {{ $keys }} resetchannels +@all -@admin -@dangerous +info
+{{- range $line := .root.Files.Lines "files/users.acl" }}
+{{- if hasPrefix "user " $line }}
+{{ $line }} on {{ include "millrace.redisPasswords" (merge (dict "user" (trimPrefix "user " $line)) $) }}
+{{- else if hasPrefix " " $line }}
+{{- $line | replace "NS:" $namespace }}
 {{- end }}
-user scaler on {{ include "millrace.redisPasswords" (merge (dict "user" "scaler") .) }} {{ $keys }} resetchannels -@all +@connection +info +xlen
-user monitor on {{ include "millrace.redisPasswords" (merge (dict "user" "monitor") .) }} {{ $keys }} resetchannels -@all +@connection +info +config|get +slowlog|len +slowlog|get +latency|latest +type +scard +xinfo
-user viewer on {{ include "millrace.redisPasswords" (merge (dict "user" "viewer") .) }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +time
-user autoscaler on {{ include "millrace.redisPasswords" (merge (dict "user" "autoscaler") .) }} {{ $keys }} resetchannels -@all +@connection +@read +info +eval +evalsha +script|load +time +set +del
+{{- end }}
+{{- end -}}
+
+{{- define "millrace.redisUsers" -}}
+{{- range regexFindAll "(?m)^user .*" (.Files.Get "files/users.acl") -1 }}{{ trimPrefix "user" . }}{{ end -}}
 {{- end -}}

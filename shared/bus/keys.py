@@ -84,6 +84,8 @@ An entry has the fields v (version of the messages) and m (msgpack); of encode a
 k, its place in the order of service, if it has one. Consumer groups are named after the service and start at id 0.
 Consumers are named after their replica; one that is called `newer` holds the entries that only replicas of a newer version
 can read, and `waiting` those that wait for their turn among tenants.
+
+Which user of Redis may touch which of them is in users.acl beside this module.
 """
 
 import msgspec

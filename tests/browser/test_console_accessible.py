@@ -32,7 +32,7 @@ def answer_with(page: Any, **reply: Any) -> None:
 @contextmanager
 def quarantined(system: System, request_id: str, reason: str) -> Iterator[str]:
     """An entry in the quarantine, and its name."""
-    client = redis.Redis.from_url(f"redis://127.0.0.1:{system.redis_port}")
+    client = redis.Redis.from_url(system.redis_url)
     key = Keys("millrace").quarantine(GENERATE)
     entry: Any = client.xadd(key, {"reason": reason, "attempts": 4, "v": "1", "m": b"\xc1", "r": request_id})
     yield f"{GENERATE}/{entry.decode()}"

@@ -59,8 +59,9 @@ async def wait_until_clean(system: System, seconds: float, *, uploads: bool = Tr
 
 
 async def leftovers(system: System) -> list[str]:
-    """One line for each thing that has outlived its request or its replica."""
+    """One line for each thing that has outlived its request or its replica, or that Redis has refused a service."""
     return [
+        *(f"refused {noted['username']}: {noted['object']}" for noted in await system.redis.acl_log()),
         *await _keys(system),
         *await _charged(system),
         *await _entries(system),

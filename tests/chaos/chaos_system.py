@@ -20,6 +20,7 @@ from redis_proxy import Proxy
 from redis_refusals import REFUSALS
 
 from cli.redis_server import RedisServer
+from cli.redis_users import sign_in
 from shared.bus import leases
 from shared.bus.client import command, connect
 from shared.bus.keys import GENERATE, Keys
@@ -207,10 +208,11 @@ class System:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
         plain |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         plain |= {"PYTHONPATH": str(ROOT / "tests")} if judged else {}
-        common = {"redis_url": self.proxy.url, "model": str(model), "namespace": self.keys.ns}
+        common = {"model": str(model), "namespace": self.keys.ns}
         self._environs = {}
         for service in SERVICES:
             told = common | dict(SETTINGS["all"]) | dict(settings.get("all", {}))
+            told["redis_url"] = sign_in(self.proxy.url, service)
             told |= dict(SETTINGS[service]) | dict(settings.get(service, {}))
             self._environs[service] = plain | _variables(told)
         self.replicas: list[Replica] = []
@@ -223,6 +225,7 @@ class System:
         name = f"redis-{len(self._servers)}"
         server = RedisServer(
             self.directory / name,
+            namespace=self.keys.ns,
             port=free_port(),
             unix_socket=self._sockets / f"{name}.sock",
             persistence=self._persistence,

@@ -25,7 +25,8 @@ from cli.autoscaler.policy import Rules
 from cli.autoscaler.scaler import Scaler
 from cli.autoscaler.settings import load
 from cli.main import main
-from shared.bus.client import command, connect
+from cli.redis_users import sign_in
+from shared.bus.client import connect
 from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import Lease
 from shared.bus.pipeline_view import PipelineView, read
@@ -300,12 +301,10 @@ async def test_a_dry_run_changes_nothing(api: KubernetesApi, redis: Redis, keys:
     assert api.requests == []
 
 
-async def test_it_needs_no_more_of_redis_than_the_documents_say(
+async def test_it_needs_no_more_of_redis_than_the_rights_of_its_user(
     api: KubernetesApi, redis: Redis, redis_url: str, keys: Keys, cluster: Cluster
 ) -> None:
-    rights = ["-@all", "+@connection", "+@read", "+info", "+time", "+set", "+eval", "+evalsha", "+script|load", "+del"]
-    await command(redis, "ACL", "SETUSER", "scaler", "reset", "on", ">secret", "~test:*", *rights)
-    own = connect(redis_url.replace("unix://", "unix://scaler:secret@"))
+    own = connect(sign_in(redis_url, "autoscaler"))
     deployment = Deployment(own, keys, cluster)
     for _ in range(5):
         await redis.xadd(keys.stream(GENERATE), {"v": "1"})
@@ -314,7 +313,6 @@ async def test_it_needs_no_more_of_redis_than_the_documents_say(
     await deployment.leadership.release()
     assert await redis.get(keys.leader("autoscaler")) is None
     await own.aclose()
-    await command(redis, "ACL", "DELUSER", "scaler")
 
 
 # ------------------------------------------------------------------------------------------------- the process
@@ -399,7 +397,7 @@ async def test_the_process_scales_and_ends_in_order(
     ours = {name: each for name, each in os.environ.items() if not name.startswith(("MILLRACE_", "KUBE"))}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "cli.autoscaler"),
-        env={**ours, **environ(redis_url), "KUBECONFIG": str(kubeconfig(tmp_path, api.url))},
+        env={**ours, **environ(sign_in(redis_url, "autoscaler")), "KUBECONFIG": str(kubeconfig(tmp_path, api.url))},
         stderr=asyncio.subprocess.PIPE,
     )
     try:

@@ -124,28 +124,22 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_taken_and_doubled_ports_are_named(model: Path) -> None:
-    first, second, third = map(str, free_ports(3))
-    ports = ["--port", first, "--metrics-port", second, "--engine-worker-queue-port", third]
+    first, second = map(str, free_ports(2))
+    ports = ["--port", first, "--metrics-port", second]
     check_ports(launch(model, *ports), {})
     with pytest.raises(ConfigError, match=r"--metrics-port: port \d+ is also that of --port"):
         check_ports(launch(model, *ports, "--metrics-port", first), {})
-    for flag, port in (("--port", first), ("--metrics-port", second), ("--engine-worker-queue-port", third)):
+    for flag, port in (("--port", first), ("--metrics-port", second)):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", int(port)))
             taken.listen()
             with pytest.raises(ConfigError, match=f"^{flag}: cannot listen on .*:{port}: .*choose another"):
                 check_ports(launch(model, *ports), {})
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", int(third)))
-        taken.listen()
-        check_ports(launch(model, *ports, "--redis-url", URL), {})
 
 
 def test_the_port_of_metrics_is_tried_where_they_listen(model: Path) -> None:
-    api, metrics, redis = map(str, free_ports(3))
-    here = launch(
-        model, "--host", "127.0.0.2", "--port", api, "--metrics-port", metrics, "--engine-worker-queue-port", redis
-    )
+    api, metrics = map(str, free_ports(2))
+    here = launch(model, "--host", "127.0.0.2", "--port", api, "--metrics-port", metrics)
     with socket.socket() as taken:
         taken.bind(("127.0.0.3", int(metrics)))
         taken.listen()

@@ -18,7 +18,7 @@ def test_the_launch_fastdeploy_documents_for_one_card(tmp_path: Path) -> None:
     json = ["--limit-mm-per-prompt", '{"image": 100, "video": 100}', "--mm-processor-kwargs"]
     launch = parse([*arguments, *json, '{"image_max_pixels": 12845056}'], {"FD_SAMPLING_CLASS": "rejection"})
     assert (launch.model, launch.demo, launch.redis_url, launch.redis_dir) == (tmp_path, False, None, None)
-    assert (launch.port, launch.metrics_port, launch.redis_port) == (8190, 8191, 8192)
+    assert (launch.port, launch.metrics_port) == (8190, 8191)
     assert launch.settings == {
         "tensor_parallel_size": 1,
         "max_model_len": 32768,
@@ -50,7 +50,7 @@ def test_what_is_not_given_sets_nothing() -> None:
     launch = parse(["--demo"], {})
     assert launch.settings == {}
     assert (launch.demo, launch.host, launch.port) == (True, "0.0.0.0", 8180)
-    assert (launch.metrics_port, launch.redis_port) == (8181, 8182)
+    assert launch.metrics_port == 8181
 
 
 def test_the_number_of_gateways_goes_by_fastdeploys_name_too() -> None:

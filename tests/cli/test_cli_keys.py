@@ -8,6 +8,7 @@ import pytest
 
 from cli import connection
 from cli.main import main
+from cli.redis_users import sign_in
 from services.gateway.tenants.key_file import parse, written_digest
 from shared.bus.client import connect
 from shared.bus.keys import Keys
@@ -69,7 +70,7 @@ def test_usage(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
         await redis.aclose()
 
     asyncio.run(prepare())
-    flags = ["--redis-url", redis_url, "--namespace", "test"]
+    flags = ["--redis-url", sign_in(redis_url, "viewer"), "--namespace", "test"]
     assert main(["keys", "usage", *flags]) == 0
     title, alice, bob = capsys.readouterr().out.splitlines()
     assert title.split()[0] == "key"

@@ -10,6 +10,7 @@ from machine import PATIENCE_S
 from redis.asyncio import Redis
 
 from cli.main import main
+from cli.redis_users import sign_in
 from services.gateway.request import answer_format
 from services.gateway.request.answer_format import AnswerFormat
 from shared.bus.blobs import EMBEDS, MEDIA, Blobs
@@ -60,7 +61,7 @@ class Command:
 def quarantine(redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     # Handlers of signals are the main thread's, and the command runs beside the test's event loop.
     monkeypatch.setattr("cli.main.signal.signal", lambda *_: None)
-    return Command(redis_url, capsys)
+    return Command(sign_in(redis_url, "operator"), capsys)
 
 
 async def test_nothing_is_there(quarantine: Command) -> None:

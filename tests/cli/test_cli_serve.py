@@ -6,6 +6,7 @@ import os
 import pty
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from system import System, running, started
 from cli.demo import hub_config, write_demo
 from cli.main import main
 from cli.serve import SHARED_BYTES, _has_room
+from shared.bus.client import connect
 from shared.bus.keys import Keys
 
 STRANGERS = ("shared/__init__.py", "services/__init__.py", "cli/__init__.py", "torch.py", "redis.py")
@@ -92,6 +94,18 @@ def test_other_commands_find_it_whatever_its_ports(
     for words in (["status"], ["top", "--once"]):
         assert main(words) == 0
         assert "engine" in capsys.readouterr().out
+
+
+async def test_its_redis_is_for_its_user_alone_and_a_service_for_what_it_needs(demo: System) -> None:
+    path = Path(demo.redis_url.removeprefix("unix://"))
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path)] == [0o700, 0o700]
+    client = connect(demo.redis_url)
+    try:
+        assert await client.config_get("port", "tls-port") == {"port": "0", "tls-port": "0"}
+        users = {each["user"] for each in await client.client_list()}
+        assert users == {"gateway", "mm-encoder", "engine", "postproc", "default"}
+    finally:
+        await client.aclose()
 
 
 @pytest.mark.parametrize("service", ["postproc", "engine", "mm_encoder", "gateway"])
@@ -175,7 +189,7 @@ def test_nohup_and_a_reader_that_has_gone_leave_it_running_and_all_dies_with_it_
 
 def assert_nothing_runs(system: System) -> None:
     assert system.children() == []
-    assert not any(map(system.answers, (system.port, system.metrics_port, system.redis_port)))
+    assert not any(map(system.answers, (system.port, system.metrics_port)))
 
 
 @pytest.fixture
@@ -369,12 +383,8 @@ def test_what_cannot_work_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ports = [str(port) for port in free_ports(3)]
-    flags = [
-        word
-        for pair in zip(("--port", "--metrics-port", "--engine-worker-queue-port"), ports, strict=True)
-        for word in pair
-    ]
+    port, metrics_port = map(str, free_ports(2))
+    flags = ["--port", port, "--metrics-port", metrics_port]
     assert main([*arguments, *(flags if arguments[:1] == ["serve"] else [])]) == 2
     shown = capsys.readouterr()
     assert named in shown.out + shown.err

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from machine import PATIENCE_S
 
-from cli.connection import LOCAL, parser, scratch_prefix, scratch_socket
+from cli.connection import parser, scratch_prefix, scratch_socket
 from cli.main import main
+from cli.redis_users import sign_in
 from shared.bus import client as redis_client
 from shared.bus.client import connect
 from shared.bus.keys import SERVICES, Keys
@@ -36,7 +37,7 @@ def test_the_command(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None
         await client.zadd(Keys("test").batches(), {"batch_1": 1})
         await client.aclose()
 
-    flags = ["status", "--redis-url", redis_url, "--namespace", "test"]
+    flags = ["status", "--redis-url", sign_in(redis_url, "viewer"), "--namespace", "test"]
     assert main(flags) == 1
     assert "! gateway: no replica is ready" in capsys.readouterr().out
     asyncio.run(prepare())
@@ -81,7 +82,8 @@ def test_the_one_that_runs_here_is_meant_unless_another_is_named(
         with listening(living), pytest.raises(ConfigError, match=several):
             meant()
     assert dead.exists()
-    assert meant() == LOCAL
+    with pytest.raises(ConfigError, match="no `millrace serve` of this user runs here"):
+        meant()
 
 
 @contextlib.contextmanager
@@ -163,7 +165,7 @@ def test_flags_that_cannot_be_meant(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no `millrace serve` of another test is seen
     assert main(["status", "--redis-url", "nonsense"]) == 2
-    assert main(["status", "--yaml"]) == 2
+    assert main(["status", "--redis-url", "redis://r", "--yaml"]) == 2
     said = capsys.readouterr().err
     assert "millrace status: error: malformed Redis URL" in said
     assert "unrecognized arguments: --yaml" in said

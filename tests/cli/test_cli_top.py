@@ -20,6 +20,7 @@ from rich.console import Console
 
 from cli.board import draw, duration, figure, size
 from cli.main import main
+from cli.redis_users import sign_in
 from shared.bus import client as redis_client
 from shared.bus.keys import SERVICES
 from shared.bus.pipeline_view import (
@@ -163,7 +164,7 @@ def test_figures_by_their_names(name: str, value: float, shown: str) -> None:
 
 
 def test_once(redis_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", "--once", "--redis-url", redis_url, "--namespace", "test"]) == 0
+    assert main(["top", "--once", "--redis-url", sign_in(redis_url, "viewer"), "--namespace", "test"]) == 0
     assert "gateway: no replica is ready" in capsys.readouterr().out
 
 

@@ -87,8 +87,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 def here(text: str, system: System) -> str:
     """Return text with the ports of the system that runs here, and the model where it is."""
-    ports = {"8180": system.port, "8181": system.metrics_port, "8182": system.redis_port}
-    text = re.sub(r"(?<=[a-z1]:)818[012]\b", lambda found: str(ports[found[0]]), text)
+    ports = {"8180": system.port, "8181": system.metrics_port}
+    text = re.sub(r"(?<=[a-z1]:)818[01]\b", lambda found: str(ports[found[0]]), text)
     return text.replace("serving cli/", f"serving {ROOT}/cli/")
 
 

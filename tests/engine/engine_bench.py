@@ -10,6 +10,7 @@ from engine_cases import FACTS, SumRunner, compile_grammar
 from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from redis_clients import signed_in
 
 from services.engine.__main__ import compose
 from services.engine.metrics import EngineMetrics
@@ -191,13 +192,15 @@ async def engine(
     settings = settings_for(redis_url, **changes)
     made = runner or SumRunner(blocks, settings.block_size)
     registry = CollectorRegistry()
-    service = compose(settings, redis, facts, compile_grammar, lambda: (made, blocks), EngineMetrics(registry), tracing)
-    life = Life("engine", service, settings, redis)
-    running = Running(service, life, asyncio.create_task(life.run()), registry)
-    try:
-        yield running
-    finally:
-        if not running.task.done():
-            if isinstance(made, GatedRunner):
-                made.allow(100_000)
-            await running.stop()
+    metrics = EngineMetrics(registry)
+    async with signed_in(redis, "engine") as own:
+        service = compose(settings, own, facts, compile_grammar, lambda: (made, blocks), metrics, tracing)
+        life = Life("engine", service, settings, own)
+        running = Running(service, life, asyncio.create_task(life.run()), registry)
+        try:
+            yield running
+        finally:
+            if not running.task.done():
+                if isinstance(made, GatedRunner):
+                    made.allow(100_000)
+                await running.stop()

@@ -336,7 +336,7 @@ async def test_what_redis_has_lost_is_let_go(redis: Redis, redis_url: str, keys:
 async def test_redis_dies_and_comes_back(keys: Keys, persistence: bool) -> None:
     """With what it had, or with nothing; the model computes on meanwhile as far as it may."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    with RedisServer(directory, persistence=persistence) as server:
+    with RedisServer(directory, persistence=persistence, namespace="test") as server:
         redis = connect(server.url)
         runner, reader = gated(), Reader(redis, keys)
         async with engine(redis, server.url, runner, lease_ms=300) as running:

@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from prometheus_client import CollectorRegistry, generate_latest
 from redis.asyncio import Redis
 
+from cli.redis_users import sign_in
 from services.gateway.__main__ import compose
 from services.gateway.http.listener import bind
 from services.gateway.service import Gateway
@@ -77,7 +78,7 @@ async def running(checkpoint: Path, redis_url: str, tracing: Tracing = OFF, **se
         "watch_s": PATIENCE_S,  # nobody who stands still for a while is asked for anything
     }
     told = GatewaySettings(**{**fields, "host": "127.0.0.1", "shards": SHARDS, **settings})
-    redis = connect(redis_url)
+    redis = connect(sign_in(redis_url, "gateway"))
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     registry = CollectorRegistry()

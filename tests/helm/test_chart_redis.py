@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -11,22 +12,18 @@ import pytest
 from api_server import api_server
 from chart_autoscaler import kubeconfig
 from chart_valkey import say, valkey
-from helm_chart import CHART, CLAIM, Object, case, container, environment, find, objects, pods, secret_data
+from helm_chart import CHART, CLAIM, ROOT, Object, case, container, environment, find, objects, pods, secret_data
 from helm_python import Config
 from machine import PATIENCE_S, free_port
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from cli.autoscaler.leader import Leadership
+from cli.redis_users import users_file
 from shared.bus import pipeline_view
-from shared.bus.blobs import Blobs
 from shared.bus.client import command, connect
-from shared.bus.keys import ENCODE, GENERATE, Keys
-from shared.bus.leases import Lease, Shards, live
-from shared.bus.records import Records
-from shared.bus.streams import LogReader, send
-from shared.bus.work_stream import WorkStream
-from shared.messages import Cancel
+from shared.bus.keys import SERVICES, Keys
+from shared.bus.leases import Lease, live
 
 SERVICE_KEYS = ("gateway", "mm-encoder", "engine", "postproc")
 NAMESPACE = "models.millrace"
@@ -51,31 +48,31 @@ async def client(secret: dict[str, str]) -> AsyncIterator[Redis]:
 
 
 @pytest.mark.parametrize("user", SERVICE_KEYS)
-async def test_a_service_may_do_all_that_the_shared_code_does(secret: dict[str, str], user: str) -> None:
-    client, keys = connect(secret[user]), Keys(f"{NAMESPACE}:{user}")
+async def test_a_service_is_let_in_and_has_the_rights_of_its_own(secret: dict[str, str], user: str) -> None:
+    """What these are all tests of the services judge: their users have the same (tests/shared/bus/test_users.py)."""
+    client, keys, service = connect(secret[user]), Keys(NAMESPACE), user.replace("-", "_")
     try:
-        await Lease(client, keys, "engine", "me", 60_000).renew("ready")
-        assert [replica.name for replica in await live(client, keys, "engine")] == ["me"]
-        for name in (ENCODE, GENERATE):
-            stream = WorkStream(client, keys, name, "engine", "me", 3)
-            await stream.join()
-            assert await stream.read_new(1, 0) == []
-            await stream.claim_abandoned(1)
-            await stream.leave()
-        shards = Shards(client, keys, "engine", "me", 2)
-        await shards.check_count()
-        assert await shards.balance([]) == {0: 1, 1: 1}
-        await shards.release([0, 1])
-        await send(client, keys.control(), Cancel(("one",)), max_len=10)
-        assert await LogReader(client, {keys.control(): "0"}).read(10, 0)
-        records = Records(client, keys)
-        await records.cancel(["one"])
-        await records.delete(["one"])
-        blobs = Blobs(client, keys, 60, 1 << 20)
-        await blobs.put("media", "one", b"bytes", b"{}")
-        assert await blobs.get("media", "one") is not None
+        lease = Lease(client, keys, service, "me", 60_000)
+        await lease.renew("ready")
+        assert [replica.name for replica in await live(client, keys, service)] == ["me"]
+        await lease.release()
+        for other in set(SERVICES) - {service}:
+            with pytest.raises(NoPermissionError):
+                await Lease(client, keys, other, "me", 60_000).renew("ready")
     finally:
         await client.aclose()
+
+
+def test_its_users_are_those_of_the_embedded_redis() -> None:
+    assert (CHART / "files" / "users.acl").read_text() == (ROOT / "shared" / "bus" / "users.acl").read_text(), (
+        "cp shared/bus/users.acl helm/files/users.acl"
+    )
+
+
+def test_the_secret_has_the_rights_of_the_table_and_passwords(rendered: list[Object]) -> None:
+    default, *users = secret_data(rendered, "millrace-redis")["users.acl"].splitlines()
+    assert default == "user default on nopass resetkeys resetchannels -@all +ping"
+    assert [re.sub(" #[0-9a-f]{64}", " nopass", user) for user in users] == users_file(NAMESPACE).splitlines()[1:]
 
 
 async def test_a_service_may_not_administer_nor_leave_its_release(client: Redis) -> None:
@@ -267,8 +264,8 @@ def test_each_service_has_a_url_of_its_own(rendered: list[Object]) -> None:
     assert {name["name"] for name in urls.values()} == {"millrace-redis"}
     assert {name["key"] for name in urls.values()} == set(SERVICE_KEYS)
     data = secret_data(rendered, "millrace-redis")
-    passwords = {data[f"{user}-password"] for user in (*SERVICE_KEYS, "scaler", "monitor", "viewer", "autoscaler")}
-    assert len(passwords) == 8
+    others = ("scaler", "monitor", "viewer", "operator", "autoscaler")
+    assert len({data[f"{user}-password"] for user in (*SERVICE_KEYS, *others)}) == 9
 
 
 def test_an_external_redis_is_reached_by_its_secret_or_its_url() -> None:

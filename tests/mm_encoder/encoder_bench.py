@@ -11,6 +11,7 @@ import torch
 from machine import PATIENCE_S
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from redis_clients import signed_in
 from torch import Tensor
 
 from services.mm_encoder.__main__ import build
@@ -72,14 +73,15 @@ class Bench:
     async def running(self, **changes: object) -> AsyncIterator[MmEncoder]:
         """The service through all phases of its life."""
         settings = self.settings(**changes)
-        service = build(settings, self.redis, self.registry)
-        life = Life(SERVICE, service, settings, self.redis)
-        task = asyncio.create_task(life.run())
-        try:
-            yield service
-        finally:
-            life.stop.set()
-            status = await task
+        async with signed_in(self.redis, SERVICE) as own:
+            service = build(settings, own, self.registry)
+            life = Life(SERVICE, service, settings, own)
+            task = asyncio.create_task(life.run())
+            try:
+                yield service
+            finally:
+                life.stop.set()
+                status = await task
         assert status == 0
         assert service.load()["running"] == 0
 

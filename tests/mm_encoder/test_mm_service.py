@@ -686,7 +686,7 @@ async def test_decoders_that_cannot_start_are_the_failure_of_their_requests(
 @pytest.mark.system
 async def test_what_redis_forgot_does_not_stop_the_service(directory: Path, judge: Model, tmp_path: Path) -> None:
     """Redis dies in the middle, and comes back with nothing."""
-    with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-"))) as server:
+    with RedisServer(Path(tempfile.mkdtemp(prefix="millrace-")), namespace="test") as server:
         redis = connect(server.url)
         bench = Bench(redis, Keys("test"), directory)
         async with bench.running():

@@ -46,7 +46,7 @@ def content() -> list[dict[str, object]]:
 
 async def embeddings_in_redis(system: System) -> int:
     """Return the bytes of blobs."""
-    redis = connect(f"redis://127.0.0.1:{system.redis_port}")
+    redis = connect(system.redis_url)
     try:
         return int(await redis.hget(Keys("millrace").blob_sizes(), "sum") or 0)
     finally:

@@ -41,8 +41,10 @@ STOP = Finish("stop", stop_token=EOS)
 class System:
     """Everything around the workers."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    def __init__(self, redis: Redis, keys: Keys, own: Redis) -> None:
+        """`own`: the workers' client."""
         self.redis = redis
+        self.own = own
         self.keys = keys
         self.records = Records(redis, keys)
         self.leases: dict[str, Lease] = {}
@@ -57,10 +59,10 @@ class System:
         defaults: dict[str, Any] = {"journal_every": 8, "trim_every": 16, "lease_ms": 60, "read_count": 1000}
         settings = PostprocSettings(redis_url="", model="", namespace="test", name=name, **(defaults | options))
         self.metrics[name] = CollectorRegistry()
-        self.leases[name] = Lease(self.redis, self.keys, SERVICE, name, ttl_ms=60_000)
+        self.leases[name] = Lease(self.own, self.keys, SERVICE, name, ttl_ms=60_000)
         await self.leases[name].renew("ready")
         more = {"clock": clock} if clock else {}
-        worker = compose(settings, self.redis, Vocabulary(vocabulary), self.metrics[name], **more)
+        worker = compose(settings, self.own, Vocabulary(vocabulary), self.metrics[name], **more)
         await worker.startup()
         return worker
 

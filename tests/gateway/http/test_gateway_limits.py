@@ -31,7 +31,7 @@ HI: list[Any] = [{"role": "user", "content": "Hi"}]
 def own_redis() -> Iterator[RedisServer]:
     """A server to be stopped."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    with RedisServer(directory) as server:
+    with RedisServer(directory, namespace="test") as server:
         yield server
     shutil.rmtree(directory)
 

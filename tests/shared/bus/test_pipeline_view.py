@@ -47,6 +47,7 @@ async def as_user(redis: Redis, redis_url: str, *rights: str) -> AsyncIterator[R
     finally:
         await client.aclose()
         await command(redis, "ACL", "DELUSER", "reader")
+        await redis.acl_log_reset()  # of what it was refused
 
 
 async def test_nothing_is_there_yet(redis: Redis, keys: Keys) -> None:
