@@ -248,12 +248,16 @@ class Pipeline:
         await self._records.shorten(request_id, self._options.retain_s)
 
     async def shorten_keyed(self, digest: str) -> None:
-        """Keep the request that was submitted under an Idempotency-Key no longer than others after its end."""
+        """Keep the request that was submitted under an Idempotency-Key no longer than others after its end.
+
+        Nor the key: nobody repeats it. That of a line of a batch would outlive all that it is for by days.
+        """
         for request_id in await self._records.submitted([digest]):
             await self.shorten(request_id)
+        await self._records.shorten_keys([digest], self._options.retain_s)
 
     async def cancel_keyed(self, digests: Sequence[str]) -> None:
-        """Cancel the requests that were submitted under these Idempotency-Keys and have not ended.
+        """Cancel the requests that were submitted under these Idempotency-Keys and have not ended; nobody repeats them.
 
         Raises:
             RedisError: they could not be cancelled.
@@ -261,6 +265,7 @@ class Pipeline:
         request_ids = await self._records.submitted(digests)
         if request_ids:
             await self._records.cancel(request_ids)
+        await self._records.shorten_keys(digests, self._options.retain_s)
 
     async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
         """Cancel these requests, whoever reads them.
