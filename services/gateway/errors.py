@@ -1,6 +1,6 @@
 """HTTP responses of errors: OpenAI's body, and the headers by which clients decide whether to retry."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 from starlette.responses import Response
@@ -95,6 +95,15 @@ class TooLateError(RequestError):
         )
         super().__init__(Failure(503, text, type="server_error", code="deadline_unreachable"))
         self.wait_s = wait_s
+
+
+def older_build(names: Iterable[str]) -> RequestError:
+    """Return a 503: replicas that would serve the request without these fields are still being replaced."""
+    text = (
+        "The server is being upgraded: some of its processes do not know all that this request asks for yet "
+        f"({', '.join(names)}). Ask again in a moment."
+    )
+    return RequestError(Failure(503, text, type="server_error", code="upgrade_under_way"))
 
 
 def uploads_too_large(size: int, limit: int) -> Failure:

@@ -17,6 +17,7 @@ from shared.bus.keys import ENCODE, GENERATE, SERVICES, Keys
 from shared.bus.lua import read_script
 from shared.config import variable
 from shared.errors import ConfigError, FencedError
+from shared.message_fields import GENERATION
 from shared.message_versions import OLDEST, VERSION, WRITES
 
 COUNT = "count"  # the field of the shards hash that holds their number
@@ -39,6 +40,7 @@ class Replica(msgspec.Struct, frozen=True, omit_defaults=True):
     oldest: int = 1  # version of the messages that it reads, and
     newest: int = 1
     writes: int = 1  # the newest version in which anything of this process may still come
+    fields: int = 0  # generation up to which it heeds fields (shared/message_fields.py)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -115,6 +117,7 @@ class Lease:
                 OLDEST,
                 VERSION,
                 self.writes,
+                GENERATION,
             )
         )
 

@@ -136,6 +136,13 @@ class Records:
         known = [msgspec.json.decode(each, type=Submission) for each in found if each is not None]
         return [request_id for submission in known for request_id in submission.request_ids]
 
+    async def shorten_keys(self, digests: Sequence[str], seconds: float) -> None:
+        """Keep idempotency keys for this long from now (gateway)."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for digest in digests:
+                pipe.pexpire(self._keys.idempotency(digest), max(1, int(1000 * seconds)))
+            await pipe.execute()
+
     async def get(self, request_ids: Sequence[str]) -> dict[str, Record | UnreadableRecord]:
         """Return the records that exist, by request id, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipe:

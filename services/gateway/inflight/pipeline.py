@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from services.gateway.errors import QUEUE_DOWN, REUSED_KEY, TooLateError, too_many, unknown_request, uploads_too_large
 from services.gateway.inflight.backlog import Backlog
+from services.gateway.inflight.field_check import FieldCheck
 from services.gateway.inflight.leftovers import Leftovers
 from services.gateway.inflight.request import Choice, ChoiceState, OpenRequest, choice_id
 from services.gateway.inflight.stored import StoredRequest
@@ -65,6 +66,7 @@ class Pipeline:
         self._limiter = limiter
         self._rejections = rejections
         self._leftovers = Leftovers(records, blobs)
+        self._fields = FieldCheck(redis, keys)
 
     async def submit(self, open_request: OpenRequest, parsed: ParsedRequest, metadata: RequestMetadata) -> str | None:
         """Send every choice of `open_request`, or none if a request was sent before under the same Idempotency-Key.
@@ -73,11 +75,12 @@ class Pipeline:
 
         Raises:
             RequestError: 409, the key was used for another body; 403 or 429, the limits of its tenant or of the queue;
-                503, Redis does not answer.
+                503, Redis does not answer, or replicas of an older build would not heed all of it.
             RedisError: it could not be sent, or that is not known; what is left of it in Redis is removed once that
                 answers, except a request that has a key and was sent after all: it runs, for whoever repeats it.
         """
         async with self._submit_timeout():
+            await self._fields.check(parsed.sampling, parsed.output)
             await self._admit_in_time(parsed.n, metadata)
             await self._reserve(open_request, parsed, metadata.quota)
             works = work_messages(open_request, parsed, metadata, self._options)
@@ -245,12 +248,16 @@ class Pipeline:
         await self._records.shorten(request_id, self._options.retain_s)
 
     async def shorten_keyed(self, digest: str) -> None:
-        """Keep the request that was submitted under an Idempotency-Key no longer than others after its end."""
+        """Keep the request that was submitted under an Idempotency-Key no longer than others after its end.
+
+        Nor the key: nobody repeats it. That of a line of a batch would outlive all that it is for by days.
+        """
         for request_id in await self._records.submitted([digest]):
             await self.shorten(request_id)
+        await self._records.shorten_keys([digest], self._options.retain_s)
 
     async def cancel_keyed(self, digests: Sequence[str]) -> None:
-        """Cancel the requests that were submitted under these Idempotency-Keys and have not ended.
+        """Cancel the requests that were submitted under these Idempotency-Keys and have not ended; nobody repeats them.
 
         Raises:
             RedisError: they could not be cancelled.
@@ -258,6 +265,7 @@ class Pipeline:
         request_ids = await self._records.submitted(digests)
         if request_ids:
             await self._records.cancel(request_ids)
+        await self._records.shorten_keys(digests, self._options.retain_s)
 
     async def cancel_for_all(self, request_ids: Sequence[str]) -> None:
         """Cancel these requests, whoever reads them.

@@ -37,6 +37,7 @@ from shared.errors import invalid
 from shared.grammar import forms, structural_tag
 from shared.grammar.forms import WHITE_SPACE, Rule
 from shared.grammar.structural_tag import Format
+from shared.message_fields import OPTIONAL_CALLS
 from shared.messages import Grammar
 
 MAX_GRAMMAR_BYTES = 128 << 10
@@ -85,8 +86,8 @@ def requested_grammar(request: ChatRequest, control: Mapping[str, int], thinking
         first, second = (one.param for one in asked[:2])
         raise invalid(f"Only one of `{first}` and `{second}` may be given.", second)
     if choice.mode == "required" or not asked:
-        form = call_format(choice, parallel)
-        return None if form is None else _checked("tools", lambda: structural_tag.write(form, control, thinking))
+        form, param = call_format(choice, parallel), OPTIONAL_CALLS if choice.as_offered else "tool_choice"
+        return None if form is None else _checked(param, lambda: structural_tag.write(form, control, thinking))
     [only] = asked
     calls = optional_calls(choice, parallel)
     return _checked(only.param, lambda: _write(only, control, thinking, calls))

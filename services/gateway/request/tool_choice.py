@@ -33,6 +33,11 @@ class ToolChoice(msgspec.Struct, frozen=True):
     named: bool = False  # one tool, by its name
     limited: bool = False  # other tools are offered
 
+    @property
+    def as_offered(self) -> bool:
+        """True if every tool may be called, and none must be."""
+        return self.mode == "auto" and not self.limited
+
 
 def read_tool_choice(request: ChatRequest) -> ToolChoice:
     """Return the choice that a request makes; without one it is auto.

@@ -26,6 +26,11 @@ async def server(checkpoint: Path, redis_url: str) -> AsyncIterator[Running]:
         yield started
 
 
+async def lives_of_keys(redis: Redis, keys: Keys) -> list[int]:
+    """Return for how many seconds each idempotency key is kept."""
+    return [await redis.ttl(key) async for key in redis.scan_iter(match=keys.idempotency("*"))]
+
+
 async def test_a_batch_from_file_to_output(server: Running, stages: Stages) -> None:
     requests: list[Request] = []
     content = jsonl(*(chat_line(f"{n}", f"{n}?") for n in range(5)))
@@ -49,6 +54,27 @@ async def test_a_batch_from_file_to_output(server: Running, stages: Stages) -> N
     assert {request.share.priority for request in requests if request.share} == {BATCH_PRIORITY}
     assert len(requests) == 5
     assert server.metric('millrace_batch_lines_total{outcome="completed"}') == 5
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_keys_of_lines_go_with_their_answers(
+    server: Running, stages: Stages, redis: Redis, keys: Keys, cancelled: bool
+) -> None:
+    """And not a day after the batch's window."""
+    batch = await create(server, jsonl(*map(chat_line, "abc")))
+    requests = [await stages.request() for _ in range(3)]
+    lives = await lives_of_keys(redis, keys)
+    assert len(lives) == 3
+    assert min(lives) > 86400
+    if cancelled:
+        await server.client.batches.cancel(batch.id)
+    else:
+        for request in requests:
+            await stages.answer(request, "yes")
+    assert (await ended(server, batch.id)).status == ("cancelled" if cancelled else "completed")
+    lives = await lives_of_keys(redis, keys)
+    assert len(lives) == 3
+    assert max(lives) <= 60, "retain_s"
 
 
 async def test_any_file_of_lines_and_a_bad_line_among_good_ones(server: Running, stages: Stages) -> None:

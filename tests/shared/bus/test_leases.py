@@ -9,6 +9,7 @@ from shared.bus.keys import Keys
 from shared.bus.leases import UNREADABLE, Difference, Fence, Lease, Replica, Shards, live
 from shared.bus.lua import read_script
 from shared.errors import ConfigError, FencedError
+from shared.message_fields import GENERATION
 
 HOUR_MS = 3_600_000
 
@@ -28,7 +29,8 @@ async def test_lease_says_who_and_how(redis: Redis, keys: Keys) -> None:
     await lease.renew("starting")
     await lease.renew("ready", {"running": 3.0})
     await Lease(redis, keys, "gateway", "g", HOUR_MS).renew("ready")
-    assert await live(redis, keys, "engine") == [Replica("engine", "a", "ready", "1.0", {"running": 3.0}, 1.5e9)]
+    said = Replica("engine", "a", "ready", "1.0", {"running": 3.0}, 1.5e9, fields=GENERATION)
+    assert await live(redis, keys, "engine") == [said]
     assert 0 < await redis.pttl(keys.replica("engine", "a")) <= HOUR_MS
 
 
