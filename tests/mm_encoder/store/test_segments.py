@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from machine import PATIENCE_S
 
-from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore
+from services.mm_encoder.store import segments as segment_store
+from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore, Unwritten
 from shared.card_page import OwnPage
 from shared.errors import ConfigError
 from shared.segments import CARDS, READERS, Reader, Segments
@@ -246,6 +249,60 @@ async def test_what_was_prepared_and_not_written_is_removed(store: SegmentStore,
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert names(segments) == set()
+
+
+@pytest.mark.parametrize("cancelled", [1, 2])
+@pytest.mark.parametrize("stopped", ["before its file", "in the middle", "at the end"])
+async def test_what_is_prepared_for_nobody_is_removed(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, stopped: str, cancelled: int
+) -> None:
+    """However often a waiter is cancelled, and wherever the thread is meanwhile."""
+    size = 3 * LARGE
+    store = SegmentStore(tmp_path / "segments", 4 * size, TTL_S, engines)
+    reached, go_on, ended = asyncio.Event(), threading.Event(), asyncio.Event()
+    loop, prepare, create, write = asyncio.get_running_loop(), store._prepare, segment_store._create, os.write
+    written = 0
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(reached.set)
+        assert go_on.wait(PATIENCE_S)
+
+    def stop_before(path: Path, size: int) -> None:
+        if stopped == "before its file":
+            stop()
+        create(path, size)
+
+    def stop_within(fd: int, data: memoryview) -> int:
+        nonlocal written
+        written += (count := write(fd, data))
+        if written == {"in the middle": LARGE, "at the end": size}.get(stopped):
+            stop()
+        return count
+
+    def say_the_end(unwritten: Unwritten) -> Unwritten | None:
+        try:
+            return prepare(unwritten)
+        finally:
+            loop.call_soon_threadsafe(ended.set)
+
+    monkeypatch.setattr(segment_store, "_create", stop_before)
+    monkeypatch.setattr(os, "write", stop_within)
+    monkeypatch.setattr(store, "_prepare", say_the_end)
+
+    async def encode() -> None:
+        async with store.prepare(size) as place:
+            await place
+
+    task = asyncio.create_task(encode())
+    await reached.wait()
+    for _ in range(cancelled):
+        task.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(task, return_exceptions=True)
+    await ended.wait()
+    assert names(Segments(tmp_path / "segments")) == set()
+    assert written == {"before its file": 0, "in the middle": LARGE, "at the end": size}[stopped]
 
 
 async def test_what_was_prepared_counts(store: SegmentStore) -> None:
