@@ -1,7 +1,9 @@
 """Segments: what a directory may hold, for how long, and who is known to see it."""
 
+import _ctypes
 import asyncio
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from machine import PATIENCE_S
 
 from services.mm_encoder.store import segments as segment_store
 from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore, Unwritten
+from shared import segments as shared_segments
 from shared.card_page import OwnPage
 from shared.errors import ConfigError
 from shared.segments import CARDS, READERS, Reader, Segments
@@ -68,6 +71,43 @@ async def test_an_engine_reads_what_was_written(store: SegmentStore, segments: S
     assert segments.read("cat") == DATA
     assert segments.path("cat").stat().st_mode & 0o077 == 0
     assert segments.directory.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the pages of a process are in its /proc")
+@pytest.mark.parametrize("kernel", ["new", "old"])
+async def test_all_pages_are_there_and_no_thread_waits_for_them(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """`mmap.mmap` of Python 3.11 and `mmap.madvise` of any have the interpreter's lock: neither may take pages in."""
+    data, flags, map_file = memoryview(os.urandom(LARGE)), [], mmap.mmap
+
+    class Mapped(mmap.mmap):
+        def __new__(cls, *args: int, **words: int) -> "Mapped":
+            flags.append(words["flags"])
+            return super().__new__(cls, *args, **words)
+
+        def madvise(self, *args: int) -> None:
+            pytest.fail("under the lock")
+
+    monkeypatch.setattr(mmap, "mmap", Mapped)
+    store = SegmentStore(tmp_path / "segments", 2 * LARGE, TTL_S, engines)
+    assert await store.write("cat", data)
+    if kernel == "old":
+        monkeypatch.setattr(shared_segments, "_POPULATE_READ", -1)  # it knows no such advice
+    view = store.read("cat")
+    assert flags == [mmap.MAP_SHARED]
+    assert view is not None
+    assert isinstance(view.obj, map_file)
+    assert resident(store._segments.path("cat")) == LARGE
+    assert view == data
+    assert not shared_segments._MADVISE._flags_ & _ctypes.FUNCFLAG_PYTHONAPI, "which would keep the lock"
+
+
+def resident(path: Path) -> int:
+    """Return how many bytes of a mapped file have pages in this process."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.endswith(f" {path}") for line in lines)
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
 
 async def test_what_is_mapped_stays(store: SegmentStore, segments: Segments) -> None:
