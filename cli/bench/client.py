@@ -32,6 +32,11 @@ class Client:
         self._rng = random.Random()  # not by a seed: a server that knows a prompt again would not compute it
         self.answers: list[Answer] = []
 
+    @property
+    def is_link_local(self) -> bool:
+        """True if the server's address is of IPv6 and holds within one network alone, which its zone names."""
+        return self._pool.host.lower().startswith("fe80:")
+
     async def run(self, begin: float) -> None:
         """Send everything from `begin` on; return when all was answered or the time is up."""
         load = self._load
@@ -93,10 +98,8 @@ async def rehearse(load: Load) -> None:
         assert client.answers[0].error is None, client.answers[0].error
 
 
-async def measure() -> Part:
-    """Send the load that standard input names, from the moment on that it names next; return what came."""
-    load = msgspec.json.decode(sys.stdin.readline(), type=Load)
-    client = Client(load)
+async def measure(client: Client, load: Load) -> Part:
+    """Send a load from the moment on that standard input names; return what came."""
     await rehearse(load)
     print("ready", flush=True)
     began, busy = float(sys.stdin.readline()), time.process_time()
@@ -105,7 +108,10 @@ async def measure() -> Part:
 
 
 def main() -> int:
-    part = uvloop.run(measure())
+    load = msgspec.json.decode(sys.stdin.readline(), type=Load)
+    client = Client(load)
+    # uvloop leaves out the zone of an address, and waits for ever for a link-local one without.
+    part = (asyncio.run if client.is_link_local else uvloop.run)(measure(client, load))
     # Not sys.stdout: where Python is told to be unbuffered, it writes as much as the pipe takes at once, and no more.
     with open(sys.stdout.fileno(), "wb", closefd=False) as out:
         out.write(msgspec.json.encode(part))

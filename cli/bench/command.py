@@ -6,6 +6,7 @@ a question about a picture. Exit status: 1 if a request failed.
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -251,6 +252,9 @@ def _endpoint(url: str, path: str) -> str:
         raise ConfigError(f"--url: {url} is not a URL: {error}") from None
     if not right or "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(f"--url: {url} is not the URL of a server: http://HOST:PORT, or a path below it")
+    zone = unquote(parts.hostname or "").partition("%")[2]
+    if zone and zone not in (word for index, name in socket.if_nameindex() for word in (name, str(index))):
+        raise ConfigError(f"--url: {url} names the network interface {zone}, which this machine does not have")
     return url.rstrip("/").removesuffix("/v1") + f"/v1/{path}"
 
 

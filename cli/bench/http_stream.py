@@ -4,10 +4,11 @@ A client library between socket and stamp would be what is measured at ten thous
 """
 
 import asyncio
+import re
 import ssl
 import time
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 from httptools import HttpResponseParser
@@ -16,6 +17,7 @@ from cli.bench.load import Answer
 
 MOST_OF_AN_ERROR = 300  # bytes
 CONTENT_LENGTH = b"content-length: "  # the last header of a request
+_ZONE = re.compile(r"%[^]]*")  # of an IPv6 address: it means something to this machine alone
 
 
 class _Delta(msgspec.Struct):
@@ -140,12 +142,12 @@ class Pool:
 
     def __init__(self, url: str, key: str) -> None:
         parts = urlsplit(url)
-        self._host = parts.hostname or "127.0.0.1"
+        self.host = unquote(parts.hostname or "127.0.0.1")  # a zone follows %25 in a URL
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         authorization = f"authorization: Bearer {key}\r\n" if key else ""
         self._head = (
-            f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\n{authorization}"
+            f"POST {parts.path} HTTP/1.1\r\nhost: {_ZONE.sub('', parts.netloc)}\r\n{authorization}"
             "content-type: application/json\r\naccept: text/event-stream\r\n"
         ).encode() + CONTENT_LENGTH
         self._idle: list[Connection] = []
@@ -179,5 +181,5 @@ class Pool:
             if connection.open:
                 return connection
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, self._host, self._port, ssl=self._tls)
+        _, connection = await loop.create_connection(Connection, self.host, self._port, ssl=self._tls)
         return connection

@@ -73,7 +73,8 @@
     {ns}:tenant:{name}:open:swept    string  gateway              gateway            a second, for which ended requests are not looked for again
     {ns}:tenant:{name}:open:uploads  hash    gateway              gateway            the same as the open request's field
                                              request id -> bytes of its uploads
-    {ns}:tenants:left                hash    gateway              gateway            field deleted at its request's end
+    {ns}:tenants:left                hash    gateway              gateway            field deleted at its request's end; a day after
+                                             the last request that was limited
                                              "name id" of open requests -> what is charged of its answer, the limit a minute, and
                                              the gateway that charges it at its end, unless its client has left
     {ns}:tenants:left:looked         string  gateway              gateway            the gateway that last charged what these have; 4.5 s

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -210,6 +211,33 @@ def test_a_name_that_no_host_can_have_is_a_failure_and_no_traceback(host: str) -
     assert one.error.startswith("cannot connect: ")
 
 
+@pytest.mark.system
+@pytest.mark.parametrize("zone", ["", "%25lo"])
+def test_an_address_of_a_network_without_the_server_is_a_failure(
+    zone: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a wait, of whose end the time would be."""
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo")])
+    url = f"http://[fe80::1{zone}]:8180"
+    asked = ["--clients", "1", "--seconds", "1", "--processes", "1"]
+    assert main(["bench", "serve", "--url", url, "--model", "m", *asked]) == 1
+    assert "cannot connect: " in capsys.readouterr().err
+
+
+def test_a_zone_is_for_the_socket_and_not_for_the_server() -> None:
+    async def ask(pool: Pool) -> Answer:
+        await pool.ask(b"{}", answer := Answer(1, 0.0))
+        pool.close()
+        return answer
+
+    with scripted() as (url, handler):
+        pool = Pool(url.replace("127.0.0.1", "[fe80::AB%25Net0]") + "/v1/completions", "")
+        assert pool.host == "fe80::ab%Net0"
+        pool.host = "127.0.0.1"
+        assert asyncio.run(ask(pool)).error is None
+    assert handler.headers_seen[0]["host"] == f"[fe80::AB]:{urlsplit(url).port}"
+
+
 def test_a_server_that_closes_before_tls_is_told_with_a_reason() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         closing = threading.Thread(target=lambda: server.accept()[0].close())
@@ -394,6 +422,7 @@ def cells(*numbers: int) -> list[str]:
         (["--url", "http://h:0", "--model", "m", "--clients", "1"], "--url"),
         (["--url", "http://", "--model", "m", "--clients", "1"], "--url"),
         (["--url", "http://[::1", "--model", "m", "--clients", "1"], "--url"),
+        (["--url", "http://[fe80::1%25nozone0]:8180", "--model", "m", "--clients", "1"], "interface nozone0, which"),
         (["--url", "http://h/v1\r\nx: y", "--model", "m", "--clients", "1"], "--url"),
         (["--url", "http://h/?x=1", "--model", "m", "--clients", "1"], "--url"),
         (["--url", "http://me:secret@h", "--model", "m", "--clients", "1"], "--url"),

@@ -1,12 +1,14 @@
 """Masks of the tokens that grammars allow next, computed on the host while the device computes the step.
 
-All sequences of a step wait for its masks, so one mask has MASK_S of a core: the answer of a grammar that takes longer
-ends, with the token that this mask was for. Such a grammar takes a little longer each time, as the library bounds what
-can come at once by counting (shared/grammar/compiler.py), so no mask takes much more than that.
+All sequences of a step wait for its masks. So one mask has MASK_S of a core, and all of a step together have as much of
+each core that computes them: beyond that, the slowest answers end, with the token that these masks were for. A grammar
+takes a little longer each time, as the library bounds what can come at once by counting
+(shared/grammar/compiler.py), so no step's masks take much more than that.
 """
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLExecutor
@@ -17,46 +19,74 @@ from services.engine.schedule.grammar_state import GrammarState
 # Time for which the caller computes before it wakes threads for the masks that are left. Waking them may take as long.
 ALONE_S = 0.0015
 MASK_S = 0.1  # of a core. Schemas in use take a hundredth of it (docs/structured-output.md)
+TIMED_STEPS = 100  # after a slow one: a grammar may be slow now and then
 _TOO_SLOW = f"to compute which tokens it allows next takes more than {MASK_S:g} s; it may match in too many ways"
+_SLOWEST = (
+    "to compute which tokens it allows next takes {:.2g} s, the longest beside other answers'; all of a step have "
+    f"{MASK_S:g} s of each core"
+)
 
 Masks = NDArray[np.uint8]  # [G, bytes]: bit b of byte i is token 8 i + b
 
 
 class GrammarMasks:
-    """Computation of masks: quick ones by the caller, then by parallel threads of the library."""
+    """Computation of masks: quick ones by the caller, then by parallel threads.
+
+    The library's threads are faster, and ours know what each mask takes: these compute in the steps after a slow one.
+    """
 
     def __init__(self, vocab_size: int, threads: int) -> None:
         self._words = -(-vocab_size // 32)
+        self._threads = threads
         self._executor = LLExecutor(threads)
+        self._timed = ThreadPoolExecutor(threads, "mask")
+        self._timed_steps = 0
 
     def compute(self, states: Sequence[GrammarState]) -> Masks:
         """Return the mask of each state. Of one whose grammar fails, which its `failure` says, only end tokens.
 
-        A state whose mask has taken too long fails, too. Only the caller's own time is known by mask: where threads
-        were slow, all of their states are suspects, and the caller begins with these in the next steps, until it has
-        computed a mask of each.
+        States whose masks have taken too long fail, too.
         """
         masks = np.empty((len(states), self._words), np.uint32)
         address, length = masks.ctypes.data, self._words * 4
-        rows = sorted(range(len(states)), key=lambda row: not states[row].suspect)
-        began, busy = time.perf_counter(), time.thread_time()
-        done = 0
-        while done < len(rows) and time.perf_counter() < began + ALONE_S:
-            states[rows[done]].matcher.unsafe_compute_mask_ptr(address + rows[done] * length, length)
-            states[rows[done]].suspect = False
+
+        def compute(row: int) -> None:
+            states[row].matcher.unsafe_compute_mask_ptr(address + row * length, length)
+
+        # Not of the wall: a machine that is busy makes no grammar complex.
+        def timed(row: int) -> float:
+            began = time.thread_time()
+            compute(row)
+            return time.thread_time() - began
+
+        began, busy, done = time.perf_counter(), time.thread_time(), 0
+        while done < len(states) and (not done or time.perf_counter() < began + ALONE_S):
+            compute(done)
             done += 1
-        # Not of the wall: a machine that is busy makes no grammar complex. No mask is begun behind one that takes long.
-        if done and time.thread_time() - busy >= MASK_S:
-            states[rows[done - 1]].give_up(_TOO_SLOW)
-        if left := rows[done:]:
-            began = time.perf_counter()
+        took = [0.0] * (done - 1) + [time.thread_time() - busy]  # the last one's: those before were quick
+        left = range(done, len(states))
+        if left and self._timed_steps:
+            took.extend(self._timed.map(timed, left))
+        elif left:
             jobs = [(states[row].matcher, row) for row in left]
             self._executor.unsafe_compute_mask_ptr(jobs, address, length, len(states))
-            slow = time.perf_counter() - began >= MASK_S
-            if slow and not any(states[row].suspect for row in left):
-                for row in left:
-                    states[row].suspect = True
+        self._end_slowest(states, took)
+        is_slow = time.perf_counter() - began >= MASK_S
+        self._timed_steps = TIMED_STEPS if is_slow else max(0, self._timed_steps - 1)
         return masks.view(np.uint8)
+
+    def _end_slowest(self, states: Sequence[GrammarState], took: list[float]) -> None:
+        """End answers until the masks of the others take less than they may.
+
+        Args:
+            took: seconds of a core, of the first states: those that are known.
+        """
+        most, in_all = MASK_S * self._threads, sum(took)
+        for row in sorted(range(len(took)), key=lambda row: -took[row]):
+            if took[row] < MASK_S and in_all < most:
+                break
+            states[row].give_up(_TOO_SLOW if took[row] >= MASK_S else _SLOWEST.format(took[row]))
+            in_all -= took[row]
 
 
 def forbid(mask: Masks, tokens: Sequence[int]) -> None:

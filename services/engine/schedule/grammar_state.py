@@ -8,15 +8,16 @@ from shared.errors import Failure, internal
 class GrammarState:
     """Grammar of one sequence, after the tokens that were appended since its thinking ended."""
 
-    __slots__ = ("_failure", "matcher", "suspect")
+    __slots__ = ("_failure", "_origin", "matcher")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, origin: "GrammarState | None" = None) -> None:
         """
         Args:
             matcher: at the grammar's beginning; this state's own.
+            origin: of which this is a copy.
         """
         self.matcher = matcher
-        self.suspect = False  # its mask was one of several that together took too long
+        self._origin = origin
         self._failure: Failure | None = None
 
     @property
@@ -27,8 +28,10 @@ class GrammarState:
         return self._failure
 
     def give_up(self, reason: str) -> None:
-        """Let the answer end here, by a failure."""
+        """Let the answer end here, by a failure; of a copy, the answer that it is of."""
         self._failure = internal(f"The grammar failed: {reason}", "grammar_error").failure
+        if self._origin is not None:
+            self._origin.give_up(reason)
 
     @property
     def complete(self) -> bool:
@@ -40,7 +43,7 @@ class GrammarState:
         return self.matcher.validate_tokens(tokens) if tokens and not self.matcher.is_stopped() else 0
 
     def copy(self) -> "GrammarState":
-        return GrammarState(self.matcher.deep_copy())
+        return GrammarState(self.matcher.deep_copy(), self)
 
     def advance(self, token: int) -> None:
         """Append a token."""

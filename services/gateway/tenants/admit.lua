@@ -5,7 +5,6 @@
 -- Returns {limit that refuses or '', number of its tenant from 1, ms until trying again makes sense, then of the first
 -- tenant: remaining requests, ms until there are all, remaining tokens, ms until there are all; -1 without a limit}.
 -- requires: tenant_hash
-local STALE = 60000000 -- age at which an open request without a record has ended for certain
 local asked = cjson.decode(ARGV[2])
 local left = KEYS[#KEYS]
 local amounts = {requests = asked.requests, tokens = asked.tokens, media = asked.media}
@@ -20,10 +19,9 @@ end
 -- Count uploads anew: their sum may be wrong beside a gateway of an older build, which does not keep it.
 local function sweep(key, open)
   for _, id in ipairs(redis.call('HKEYS', open)) do
-    local since = tonumber(string.match(redis.call('HGET', open, id), ':(%d+)$') or 0)
     local record = ARGV[1] .. id
-    local there = redis.call('TYPE', record).ok == 'hash'
-    if (not there and now - since > STALE) or (there and redis.call('HEXISTS', record, 'finish') == 1) then
+    local there = is_there(record)
+    if (not there and age(open, id) > STALE) or (there and redis.call('HEXISTS', record, 'finish') == 1) then
       forget(key, open, id)
     elseif there and redis.call('HGET', record, 'epoch') ~= '0' then
       begin(key, open, id)
@@ -97,6 +95,7 @@ for i = 1, #KEYS - 1, 2 do
     redis.call('HINCRBY', key, 'used:media', asked.media)
   end
 end
+redis.call('EXPIRE', left, KEPT_S)
 local first = asked.limits[1]
 for _, field in ipairs({'requests', 'tokens'}) do
   verdict[#verdict + 1], verdict[#verdict + 2] = allowance(KEYS[1], field, first[field])

@@ -13,10 +13,19 @@ local function has_gateway(name)
   return alive[name]
 end
 
+-- Return whether a gateway takes a request out at its end. It does not know of one if the reply to its admission was lost:
+-- then there is no record.
+local function is_known(gateway, name, id)
+  if not has_gateway(gateway) then return false end
+  local open = ARGV[3] .. name .. ':open'
+  ensure_hash(open)
+  return is_there(ARGV[1] .. id) or age(open, id) <= STALE
+end
+
 -- Return how many tokens an answer has beyond those that are charged, and whether it has not ended.
 local function progress(id, charged)
   local record, journal = ARGV[1] .. id, ARGV[2] .. id
-  if redis.call('TYPE', record).ok ~= 'hash' then return 0, false end
+  if not is_there(record) then return 0, false end
   local written = redis.call('TYPE', journal).ok == 'string' and redis.call('STRLEN', journal) / 4 or 0
   return math.max(0, math.floor(written) - charged), redis.call('HEXISTS', record, 'finish') == 0
 end
@@ -51,9 +60,10 @@ for i = 1, #found, 2 do
   local charged, limit, gateway = string.match(redis.call('HGET', left, field) or '', '^(%d+):(%d+):?(.*)$')
   if not id or not charged then
     redis.call('HDEL', left, field)
-  elseif not has_gateway(gateway) then
+  elseif not is_known(gateway, name, id) then
     local more = charge(field, name, id, tonumber(charged), tonumber(limit))
     if more > 0 then said[#said + 1], said[#said + 2] = name, more end
   end
 end
+redis.call('EXPIRE', left, KEPT_S)
 return said

@@ -38,3 +38,4 @@ for i, text in ipairs(ARGV) do
   if said.prompt > 0 then redis.call('HINCRBY', key, 'used:prompt', said.prompt) end
   if said.generated ~= 0 then redis.call('HINCRBY', key, 'used:generated', said.generated) end
 end
+redis.call('EXPIRE', left, KEPT_S)

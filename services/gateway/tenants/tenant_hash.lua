@@ -4,12 +4,23 @@
 -- more colon the gateway that charges it at its end, if there is one.
 -- Beside the open requests is `:uploads`, the bytes that are stored for each; their sum is a field of the tenant's hash.
 local MINUTE = 60000000
+local STALE = MINUTE -- age at which an open request without a record has ended for certain
+local KEPT_S = 86400 -- how long what is charged without a client stays after the last change: then nobody limits any more
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
 local function ensure_hash(key)
   local kind = redis.call('TYPE', key).ok
   if kind ~= 'hash' and kind ~= 'none' then redis.call('UNLINK', key) end
+end
+
+local function is_there(record)
+  return redis.call('TYPE', record).ok == 'hash'
+end
+
+-- Return how long ago an open request came; one that is not open came long ago.
+local function age(open, id)
+  return now - (tonumber(string.match(redis.call('HGET', open, id) or '', ':(%d+)$')) or 0)
 end
 
 local function number(key, field)

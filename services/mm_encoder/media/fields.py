@@ -39,13 +39,17 @@ class FieldPairs:
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_ids: dict[int, int] = {}  # by picture parameter set
         self._first: _Picture | None = None  # of a frame whose second field has not come
-        for unit in self._parameter_sets(extradata or b""):
-            self._read(unit)
+        self.follow(extradata or b"")
 
     @property
     def possible(self) -> bool:
         """True if the parameter sets allow fields, or none are known yet."""
         return not self._sequences or any(sequence.may_have_fields for sequence in self._sequences.values())
+
+    def follow(self, extradata: bytes) -> None:
+        """Take in parameter sets that the container has beside its packets, from the next packet on."""
+        for unit in self._parameter_sets(extradata):
+            self._read(unit)
 
     def begins_frame(self, packet: bytes) -> bool:
         """Return False if the packet holds only the second field of a frame; what is broken begins a frame.
@@ -74,6 +78,7 @@ class FieldPairs:
 
     def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
         if extradata[:1] != b"\1" or len(extradata) < 7:
+            self._length_bytes = 0
             yield from self._units(extradata)
             return
         self._length_bytes = (extradata[4] & 3) + 1

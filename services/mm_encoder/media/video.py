@@ -208,6 +208,8 @@ def _facts(container: InputContainer, stream: VideoStream, limits: VideoLimits) 
         packets += 1
         if packets > limits.max_frames:
             raise over_limit("The video's number of frames", "video_max_frames", limits.max_frames)
+        if pairs and packet.has_sidedata("new_extradata"):
+            pairs.follow(bytes(packet.get_sidedata("new_extradata")))
         # A key frame may bring other parameter sets.
         if pairs and (pairs.possible or packet.is_keyframe) and not pairs.begins_frame(bytes(packet)):
             second_fields += 1

@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class Unwritten:
     path: Path
     size: int
     written: bool = False
+    given_up: bool = False  # nobody waits for it any more
 
 
 class SegmentStore:
@@ -95,11 +96,13 @@ class SegmentStore:
     @asynccontextmanager
     async def prepare(self, size: int) -> AsyncIterator[Awaitable[Unwritten | None]]:
         """Take memory for a segment of `size` bytes. What has not been written by the block's end is given back."""
-        making = asyncio.ensure_future(asyncio.to_thread(self._prepare, size))
+        unwritten = self._unwritten(size)
+        making = asyncio.ensure_future(asyncio.to_thread(self._prepare, unwritten))
         try:
             yield asyncio.shield(making)
-        finally:
-            if (unwritten := await making) is not None and not unwritten.written:
+        finally:  # without a wait, which might be cancelled
+            unwritten.given_up = True  # first: what the thread makes after this it removes itself
+            if not unwritten.written:
                 unwritten.path.unlink(missing_ok=True)
 
     async def write(self, key: str, data: memoryview, unwritten: Unwritten | None = None) -> bool:
@@ -114,24 +117,29 @@ class SegmentStore:
         with contextlib.suppress(OSError):  # somebody has removed the directory
             await asyncio.to_thread(self._sweep)
 
-    def _prepare(self, size: int) -> Unwritten | None:
-        """Take memory for a segment, page by page; None if there is no room for it."""
-        if (unwritten := self._begin(size)) is None:
+    def _unwritten(self, size: int) -> Unwritten:
+        return Unwritten(self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}", size)
+
+    def _prepare(self, unwritten: Unwritten) -> Unwritten | None:
+        """Take memory for a segment, page by page; None if there is no room for it, or it is given up."""
+        if unwritten.given_up or not self._begin(unwritten):
             return None
         try:
-            _fill(unwritten.path, *(_ZEROS[: size - start] for start in range(0, size, len(_ZEROS))))
+            _fill(unwritten.path, _zeros(unwritten))
         except OSError:
+            unwritten.given_up = True
+        if unwritten.given_up:
             unwritten.path.unlink(missing_ok=True)
             return None
         return unwritten
 
     def _write(self, key: str, data: memoryview, unwritten: Unwritten | None) -> bool:
         if unwritten is None or unwritten.size != len(data) or not unwritten.path.exists():
-            unwritten = self._begin(len(data))
-        if unwritten is None:
-            return False
+            unwritten = self._unwritten(len(data))
+            if not self._begin(unwritten):
+                return False
         try:
-            _fill(unwritten.path, data)
+            _fill(unwritten.path, [data])
             with self._lock:  # a list of the directory may have neither name of a file that is renamed meanwhile
                 unwritten.path.rename(self._segments.path(key))
         except OSError:  # the file system is full, of other things, or somebody has removed the directory
@@ -140,18 +148,17 @@ class SegmentStore:
         unwritten.written = True
         return True
 
-    def _begin(self, size: int) -> Unwritten | None:
-        """Make an unfinished file of so many bytes; None if there is no room for it."""
-        path = self._segments.directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    def _begin(self, unwritten: Unwritten) -> bool:
+        """Make an unfinished file; return False if there is no room for it."""
         try:
             with self._lock:
-                if not self._has_room(size):
-                    return None
-                _create(path, size)
+                if not self._has_room(unwritten.size):
+                    return False
+                _create(unwritten.path, unwritten.size)
         except OSError:
-            path.unlink(missing_ok=True)
-            return None
-        return Unwritten(path, size)
+            unwritten.path.unlink(missing_ok=True)
+            return False
+        return True
 
     def _has_room(self, needed: int) -> bool:
         """Take `needed` bytes of the room; return False if there is not as much."""
@@ -224,7 +231,15 @@ def _create(path: Path, size: int) -> None:
         os.close(fd)
 
 
-def _fill(path: Path, *parts: memoryview) -> None:
+def _zeros(unwritten: Unwritten) -> Iterator[memoryview]:
+    """Yield what fills a file, until it is given up."""
+    for start in range(0, unwritten.size, len(_ZEROS)):
+        if unwritten.given_up:
+            return
+        yield _ZEROS[: unwritten.size - start]
+
+
+def _fill(path: Path, parts: Iterable[memoryview]) -> None:
     """Write a file's bytes. By `write`, since a full file system is an error then; written memory would be a signal."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:

@@ -1,4 +1,6 @@
-"""Masks of grammars: the same whoever computes them, and none that takes long."""
+"""Masks of grammars: the same whoever computes them, and neither one nor those of a step take long."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -41,9 +43,19 @@ def states_that_take(clock: Clock, *seconds: float) -> list[GrammarState]:
     return made
 
 
-def test_a_mask_that_takes_too_long_ends_its_own_answer(clock: Clock) -> None:
+def failed(states: list[GrammarState]) -> list[bool]:
+    return [state.failure is not None for state in states]
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> GrammarMasks:
+    made = GrammarMasks(VOCAB, 1)
+    monkeypatch.setattr(made, "_executor", SlowExecutor())
+    return made
+
+
+def test_a_mask_that_takes_too_long_ends_its_own_answer(clock: Clock, masks: GrammarMasks) -> None:
     slow, quick = states_that_take(clock, grammar_masks.MASK_S, 0.0)
-    masks = GrammarMasks(VOCAB, 1)
     masks.compute([quick, slow])
     assert slow.failure is not None
     assert slow.failure.code == "grammar_error"
@@ -51,35 +63,67 @@ def test_a_mask_that_takes_too_long_ends_its_own_answer(clock: Clock) -> None:
     assert quick.failure is None
 
 
-def test_one_that_is_slow_in_a_thread_is_found_by_the_caller(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_slow_in_a_thread_is_found_in_the_next_step(clock: Clock, masks: GrammarMasks) -> None:
     """The first mask takes the caller's time, so threads have the others."""
-    short = grammar_masks.MASK_S / 2
-    *others, slow = states_that_take(clock, short, 0.0, 0.0, 4 * short)
-    masks = GrammarMasks(VOCAB, 1)
-    monkeypatch.setattr(masks, "_executor", SlowExecutor())
-    expected = masks.compute([*others, slow])
+    states = states_that_take(clock, grammar_masks.MASK_S / 2, 0.0, 0.0, 2 * grammar_masks.MASK_S)
+    expected = masks.compute(states)
     assert len({mask.tobytes() for mask in expected}) == len(expected)
-    assert slow.failure is None
-    assert [state.suspect for state in (*others, slow)] == [False, True, True, True]
-    assert np.array_equal(masks.compute([*others, slow]), expected), "each at its place, whoever is first"
-    assert slow.failure is not None
-    assert [state.failure for state in others] == [None] * 3
-    masks.compute(others)
-    assert not any(state.suspect for state in others)
+    assert failed(states) == [False] * 4
+    assert np.array_equal(masks.compute(states), expected), "whoever computes them"
+    assert failed(states) == [False, False, False, True]
 
 
-@pytest.mark.parametrize("before", [20, 64])
-def test_a_slow_one_is_found_among_many_that_take_some_time(
-    before: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The caller computes 15 masks a step, and would come to others each time if all were suspects anew."""
-    tenth = grammar_masks.ALONE_S / 15
-    made = [GrammarState(compile_grammar(write(json_schema({}), thinking=False))) for _ in range(before + 1)]
-    for state in made:
-        slow_down(state, clock, tenth if state is not made[-1] else 3 * grammar_masks.MASK_S)
-    masks = GrammarMasks(VOCAB, 1)
+def test_the_slowest_end_until_the_masks_of_a_step_fit(clock: Clock, masks: GrammarMasks) -> None:
+    """None of them takes too long by itself."""
+    states = states_that_take(clock, *(grammar_masks.MASK_S * share for share in (0.3, 0.5, 0.35, 0.45, 0.4)))
+    for _ in range(2):
+        masks.compute(states)
+    assert failed(states) == [False, True, False, True, True]
+    assert states[1].failure is not None
+    assert "takes 0.05 s, the longest beside other answers'; all of a step have 0.1 s" in states[1].failure.message
+    began = clock.now
+    masks.compute([states[0], states[2]])
+    assert clock.now - began < grammar_masks.MASK_S
+    assert failed(states) == [False, True, False, True, True]
+
+
+def test_each_core_has_as_much_time(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = GrammarMasks(VOCAB, 2)
+    monkeypatch.setattr(masks, "_timed", ThreadPoolExecutor(1))  # of one clock
     monkeypatch.setattr(masks, "_executor", SlowExecutor())
-    for _ in range(2 + before // 10):
-        masks.compute(made)
-    assert made[-1].failure is not None
-    assert [state.failure for state in made[:-1]] == [None] * before
+    states = states_that_take(clock, *(grammar_masks.MASK_S * share for share in (0.9, 0.8, 0.2)))
+    for _ in range(3):
+        masks.compute(states)
+    assert failed(states) == [False] * 3
+    states += states_that_take(clock, grammar_masks.MASK_S * 0.2)
+    masks.compute(states)
+    assert failed(states) == [True, False, False, False]
+
+
+def test_one_that_is_slow_now_and_then_is_found(clock: Clock, masks: GrammarMasks) -> None:
+    slow, other = states_that_take(clock, 2 * grammar_masks.MASK_S, grammar_masks.ALONE_S)
+    masks.compute([other, slow])
+    for _ in range(grammar_masks.TIMED_STEPS - 1):
+        masks.compute([other])
+    assert not failed([slow, other])[0]
+    masks.compute([other, slow])
+    assert failed([slow, other]) == [True, False]
+
+
+def test_a_busy_machine_ends_nothing(clock: Clock, masks: GrammarMasks) -> None:
+    states = states_that_take(clock, 0.0, 0.0)
+    for state in states:
+        slow_down(state, clock, 2 * grammar_masks.MASK_S, waits=True)
+    for _ in range(3):
+        masks.compute(states)
+    assert clock.now > 1
+    assert failed(states) == [False, False]
+
+
+def test_the_time_of_a_copy_is_its_answers(clock: Clock, masks: GrammarMasks) -> None:
+    """As of a guessed token."""
+    [state] = states_that_take(clock, 0.0)
+    copies = [state.copy(), state.copy()]
+    slow_down(copies[0], clock, grammar_masks.MASK_S)
+    masks.compute(copies)
+    assert failed([state, *copies]) == [True, True, False]

@@ -364,6 +364,51 @@ async def test_what_a_killed_gateway_had_open_is_charged(redis: Redis, keys: Key
     assert await redis.hmget(keys.tenant("alice"), "queued", "uploads") == [None, None]
 
 
+@pytest.mark.parametrize("admitted", ["just now", "long ago", "swept"])
+@pytest.mark.parametrize("submitted", [False, True])
+async def test_what_a_living_gateway_does_not_know_to_be_open_is_forgotten(
+    redis: Redis, keys: Keys, one: Gateway, two: Gateway, submitted: bool, admitted: str
+) -> None:
+    """The reply to its admission was lost. What has a record it knows, and takes out itself."""
+    await alive(redis, keys, one)
+    await one.ask(tenant(), "r", tokens=100, media=10)
+    if submitted:
+        await redis.hset(keys.request("r"), "epoch", "1")
+    open_key = keys.tenant_open("alice")
+    if admitted == "long ago":
+        value = (await redis.hget(open_key, "r")).decode()
+        tokens, _, microseconds = value.partition(":")
+        await redis.hset(open_key, "r", f"{tokens}:{int(microseconds) - 61_000_000}")
+    elif admitted == "swept":
+        await redis.delete(open_key)
+    await two.limiter.charge_left()
+    forgotten = not submitted and admitted != "just now"
+    assert await redis.exists(keys.tenants_left()) == (not forgotten)
+    if forgotten:
+        assert await redis.exists(open_key, f"{open_key}:uploads") == 0
+
+
+async def test_what_is_left_expires_where_nobody_has_limits_any_more(
+    redis: Redis, keys: Keys, one: Gateway, two: Gateway
+) -> None:
+    """As after an update of all gateways that takes the file of keys away: none of these looks."""
+    reservation = await one.ask(tenant(), "r")
+    assert reservation is not None
+
+    async def expires() -> bool:
+        seconds = await redis.ttl(keys.tenants_left())
+        await redis.persist(keys.tenants_left())
+        return 0 < seconds <= 86400
+
+    assert await expires()
+    one.limiter.end(reservation, 1, 1, left={"r": 1})
+    await one.limiter.flush()
+    assert await expires()
+    await redis.hset(keys.request("r"), "epoch", "1")
+    await two.limiter.charge_left()
+    assert await expires()
+
+
 @pytest.mark.parametrize("lives", [False, True])
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_each_token_is_charged_once_though_a_gateway_seemed_dead(

@@ -19,6 +19,7 @@ from services.mm_encoder.media.video import VideoLimits
 LIMITS = VideoLimits(64_000_000, 3600, 216_000)
 WIDTH, HEIGHT = 2, 2  # macroblocks of a field
 FPS = 25
+FLV_HEADER = 13  # bytes before the first tag
 # What a muxer is given: a frame's fields in a packet each, or in one.
 APART, TOGETHER = True, False
 
@@ -110,8 +111,17 @@ def stream_of(frames: list[list[int | None]], *, lasting: bool = True, slices: i
     ]
 
 
-def muxed(container: str, stream: list[list[bytes]], apart: bool, times: Sequence[int] | None = None) -> bytes:
-    """Return a video of frames, each a list of its pictures; `times`: theirs, in fields."""
+def muxed(
+    container: str,
+    stream: list[list[bytes]],
+    apart: bool,
+    times: Sequence[int] | None = None,
+    sets: bytes = b"",
+) -> bytes:
+    """Return a video of frames, each a list of its pictures.
+
+    `times`: theirs, in fields. `sets`: the parameter sets that are left to the container alone.
+    """
     out = io.BytesIO()
     with (
         av.open(io.BytesIO(b"".join(b"".join(parts) for parts in stream)), format="h264") as plain,
@@ -121,7 +131,7 @@ def muxed(container: str, stream: list[list[bytes]], apart: bool, times: Sequenc
         for number, parts in enumerate(stream):
             pieces = parts if apart else [b"".join(parts)]
             for place, piece in enumerate(pieces):
-                packet = av.Packet(piece)
+                packet = av.Packet(piece.removeprefix(sets))
                 packet.stream, packet.time_base = track, Fraction(1, 2 * FPS)
                 packet.pts = packet.dts = (2 * number if times is None else times[number]) + place
                 packet.duration = 2 // len(pieces)
@@ -242,6 +252,26 @@ def test_fields_may_follow_whole_frames_of_other_parameter_sets() -> None:
     facts = video.probe(data, LIMITS)
     assert (facts.frames, facts.fps) == (25, FPS)
     assert facts.times == tuple(judged(data))
+
+
+@pytest.mark.parametrize("fields_first", [False, True])
+@pytest.mark.parametrize("apart", [APART, TOGETHER], ids=["apart", "together"])
+def test_parameter_sets_may_change_beside_the_packets(apart: bool, fields_first: bool) -> None:
+    """As in an FLV stream that is published anew: only the container has the sets, under the id of those before."""
+    only, both = parameter_sets(fields=False), parameter_sets()
+    whole = [[only * (not number) + picture(number, None, only=True)] for number in range(5)]
+    parts = [(whole, only), (stream_of([[0, 1]] * 20), both)][:: -1 if fields_first else 1]
+    data, at = b"", 0
+    for stream, sets in parts:
+        times = range(2 * at, 2 * (at + len(stream)), 2)
+        file = muxed("flv", stream, apart, times, sets)
+        assert file.count(stream[0][0].removeprefix(sets)[4:]) == 1
+        data += file[FLV_HEADER:] if data else file
+        at += len(stream)
+    facts = video.probe(data, LIMITS)
+    assert (facts.frames, facts.fps) == (25, FPS)
+    assert facts.times == tuple(judged(data))
+    assert len(dict(video.decode(data, facts, range(25), LIMITS))) == 25
 
 
 @pytest.mark.parametrize("header", [0x01, 0x65])

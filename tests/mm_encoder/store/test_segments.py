@@ -1,18 +1,24 @@
 """Segments: what a directory may hold, for how long, and who is known to see it."""
 
+import _ctypes
 import asyncio
 import errno
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from machine import PATIENCE_S
 
-from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore
+from services.mm_encoder.store import segments as segment_store
+from services.mm_encoder.store.segments import LARGE, RECENT_S, UNFINISHED_S, SegmentStore, Unwritten
+from shared import segments as shared_segments
 from shared.card_page import OwnPage
 from shared.errors import ConfigError
 from shared.segments import CARDS, READERS, Reader, Segments
@@ -65,6 +71,43 @@ async def test_an_engine_reads_what_was_written(store: SegmentStore, segments: S
     assert segments.read("cat") == DATA
     assert segments.path("cat").stat().st_mode & 0o077 == 0
     assert segments.directory.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the pages of a process are in its /proc")
+@pytest.mark.parametrize("kernel", ["new", "old"])
+async def test_all_pages_are_there_and_no_thread_waits_for_them(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """`mmap.mmap` of Python 3.11 and `mmap.madvise` of any have the interpreter's lock: neither may take pages in."""
+    data, flags, map_file = memoryview(os.urandom(LARGE)), [], mmap.mmap
+
+    class Mapped(mmap.mmap):
+        def __new__(cls, *args: int, **words: int) -> "Mapped":
+            flags.append(words["flags"])
+            return super().__new__(cls, *args, **words)
+
+        def madvise(self, *args: int) -> None:
+            pytest.fail("under the lock")
+
+    monkeypatch.setattr(mmap, "mmap", Mapped)
+    store = SegmentStore(tmp_path / "segments", 2 * LARGE, TTL_S, engines)
+    assert await store.write("cat", data)
+    if kernel == "old":
+        monkeypatch.setattr(shared_segments, "_POPULATE_READ", -1)  # it knows no such advice
+    view = store.read("cat")
+    assert flags == [mmap.MAP_SHARED]
+    assert view is not None
+    assert isinstance(view.obj, map_file)
+    assert resident(store._segments.path("cat")) == LARGE
+    assert view == data
+    assert not shared_segments._MADVISE._flags_ & _ctypes.FUNCFLAG_PYTHONAPI, "which would keep the lock"
+
+
+def resident(path: Path) -> int:
+    """Return how many bytes of a mapped file have pages in this process."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.endswith(f" {path}") for line in lines)
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
 
 async def test_what_is_mapped_stays(store: SegmentStore, segments: Segments) -> None:
@@ -246,6 +289,60 @@ async def test_what_was_prepared_and_not_written_is_removed(store: SegmentStore,
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert names(segments) == set()
+
+
+@pytest.mark.parametrize("cancelled", [1, 2])
+@pytest.mark.parametrize("stopped", ["before its file", "in the middle", "at the end"])
+async def test_what_is_prepared_for_nobody_is_removed(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, stopped: str, cancelled: int
+) -> None:
+    """However often a waiter is cancelled, and wherever the thread is meanwhile."""
+    size = 3 * LARGE
+    store = SegmentStore(tmp_path / "segments", 4 * size, TTL_S, engines)
+    reached, go_on, ended = asyncio.Event(), threading.Event(), asyncio.Event()
+    loop, prepare, create, write = asyncio.get_running_loop(), store._prepare, segment_store._create, os.write
+    written = 0
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(reached.set)
+        assert go_on.wait(PATIENCE_S)
+
+    def stop_before(path: Path, size: int) -> None:
+        if stopped == "before its file":
+            stop()
+        create(path, size)
+
+    def stop_within(fd: int, data: memoryview) -> int:
+        nonlocal written
+        written += (count := write(fd, data))
+        if written == {"in the middle": LARGE, "at the end": size}.get(stopped):
+            stop()
+        return count
+
+    def say_the_end(unwritten: Unwritten) -> Unwritten | None:
+        try:
+            return prepare(unwritten)
+        finally:
+            loop.call_soon_threadsafe(ended.set)
+
+    monkeypatch.setattr(segment_store, "_create", stop_before)
+    monkeypatch.setattr(os, "write", stop_within)
+    monkeypatch.setattr(store, "_prepare", say_the_end)
+
+    async def encode() -> None:
+        async with store.prepare(size) as place:
+            await place
+
+    task = asyncio.create_task(encode())
+    await reached.wait()
+    for _ in range(cancelled):
+        task.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(task, return_exceptions=True)
+    await ended.wait()
+    assert names(Segments(tmp_path / "segments")) == set()
+    assert written == {"before its file": 0, "in the middle": LARGE, "at the end": size}[stopped]
 
 
 async def test_what_was_prepared_counts(store: SegmentStore) -> None:
