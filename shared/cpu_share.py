@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def compute_threads(cores: int, processes: int = 1) -> int:
+def compute_threads(cores: int, processes: int) -> int:
     """Return the threads of each of `processes` that share `cores` evenly, at least 1."""
     return max(1, cores // processes)
 

@@ -47,7 +47,7 @@ class Scaler:
         leadership: Leadership,
         stages: Mapping[str, Rules],
         metrics: AutoscalerMetrics,
-        dry_run: bool = False,
+        dry_run: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis = redis

@@ -17,7 +17,7 @@ _ABSENT = "none"
 _log = logger(__name__)
 
 
-async def wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> list[str]:
+async def wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None) -> list[str]:
     """Describe each key that all share and that holds a value of another type: what it is, and should be.
 
     `blob_redis`: where the blobs are, if that is another Redis.
@@ -50,7 +50,7 @@ async def check_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None)
 
 
 @asynccontextmanager
-async def naming_wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None = None) -> AsyncIterator[None]:
+async def naming_wrong_types(redis: Redis, keys: Keys, blob_redis: Redis | None) -> AsyncIterator[None]:
     """Have an error of a wrong type within name its key.
 
     Raises:

@@ -11,7 +11,7 @@ from services.engine.kernels.reference.linear_add_norm import linear_add_norm
 from services.engine.kernels.reference.logits import logits
 from services.engine.kernels.reference.mlp import SwiGLU, mlp_add_norm
 from services.engine.kernels.reference.moe import MoE, linear_moe_add_norm
-from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths, paged_attention
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, PagedSequences, paged_attention
 from services.engine.kernels.reference.qkv import qkv
 from services.engine.kernels.reference.rms_norm import rms_norm
 from services.engine.kernels.reference.rotary import rotary_tables
@@ -31,22 +31,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     qkv: Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = qkv
     paged_attention: Callable[
-        [
-            Tensor,
-            Tensor,
-            Tensor,
-            Tensor,
-            Tensor,
-            Tensor,
-            int,
-            int,
-            float,
-            Lengths,
-            Tensor | None,
-            bool,
-            list[AttentionLaunch] | None,
-        ],
-        Tensor,
+        [Tensor, Tensor, Tensor, PagedSequences, float, Tensor | None, list[AttentionLaunch] | None], Tensor
     ] = paged_attention
     linear_add_norm: Callable[[Tensor, Weight, Tensor, Tensor, float], tuple[Tensor, Tensor]] = linear_add_norm
     mlp_add_norm: Callable[[Tensor, SwiGLU, Tensor, Tensor, float], tuple[Tensor, Tensor]] = mlp_add_norm

@@ -119,21 +119,7 @@ class ErnieModel:
             keys, values: of the layer, [blocks, block_size, kv_heads, head_dim].
         """
         for part, heads in calls:
-            self._ops.paged_attention(
-                heads.query,
-                keys,
-                values,
-                part.block_tables,
-                part.query_start,
-                part.context_lens,
-                part.max_query_len,
-                part.max_context_len,
-                self._scale,
-                part.lengths,
-                heads.attended,
-                part.beside,
-                heads.launches,
-            )
+            self._ops.paged_attention(heads.query, keys, values, part, self._scale, heads.attended, heads.launches)
 
     @torch.no_grad()
     def finish_layer(self, nth: int, attended: Tensor, stream: Stream, vision: Tensor | None) -> tuple[Tensor, Stream]:

@@ -6,24 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, PagedSequences
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPart:
-    """Sequences of a step that follow each other, and whose attention is one call: `paged_attention` has the fields.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPart(PagedSequences):
+    """Sequences of a step that follow each other, and whose attention is one call. A captured step's have no lengths.
 
     It is complete by itself: its rows are counted from its own first one.
     """
 
     rows: slice  # of the step
-    block_tables: Tensor  # [S, B] int32, padded with 0
-    query_start: Tensor  # [S + 1] int32
-    context_lens: Tensor  # [S] int32
-    max_query_len: int
-    max_context_len: int
-    lengths: Lengths = ()  # of each sequence, as known to the host; () in a captured step
-    beside: bool = False  # computed at the same time as the part before
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ def allocate_cache(
     config: ModelConfig,
     settings: EngineSettings,
     rehearse: Rehearse,
-    spare: int = 0,
-    agree: Callable[[int], int] = int,
+    spare: int,
+    agree: Callable[[int], int],
 ) -> KVCache:
     """Allocate the cache for a loaded model.
 

@@ -75,7 +75,7 @@ class LaunchedScores:
 class PromptScorer:
     """Scorer of one model's prompts."""
 
-    def __init__(self, project: Callable[[Tensor], Tensor], max_rows: int, padded: Callable[[int], int] = int) -> None:
+    def __init__(self, project: Callable[[Tensor], Tensor], max_rows: int, padded: Callable[[int], int]) -> None:
         """`project` returns [n, vocabulary] float32 logits of [n, hidden] rows; it is given `max_rows` at most, and
         only numbers of rows that `padded` returns."""
         self._project = project

@@ -77,12 +77,8 @@ class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True):
         return {name: array for name, array in named if len(array)}
 
 
-def plan_sampling(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None = None) -> SamplingPlan:
-    """Return the plan of the step in which these chunks sample, once all tokens before it are known.
-
-    Args:
-        grammar_masks: None if no sequence has a grammar.
-    """
+def plan_sampling(chunks: Ordered[Chunk], grammar_masks: GrammarMasks) -> SamplingPlan:
+    """Return the plan of the step in which these chunks sample, once all tokens before it are known."""
     parts = (_draws, _biased, _early, _penalised, _bad, _thinking, _reports)
     arrays = {name: array for part in parts for name, array in part(chunks).items()}
     return SamplingPlan(**arrays, **_masked(chunks, grammar_masks))
@@ -181,7 +177,7 @@ def _thinking(chunks: Ordered[Chunk]) -> Arrays:
     }
 
 
-def _masked(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None) -> Arrays:
+def _masked(chunks: Ordered[Chunk], grammar_masks: GrammarMasks) -> Arrays:
     guided = [(row, c.sequence, c.sequence.open_grammar) for row, c in enumerate(chunks)]
     asked = [(row, sequence, grammar) for row, sequence, grammar in guided if grammar is not None]
     masks = [_grammars_masks([(s, grammar) for _, s, grammar in asked], grammar_masks)] if asked else []
@@ -196,9 +192,8 @@ def _masked(chunks: Ordered[Chunk], grammar_masks: GrammarMasks | None) -> Array
     return {"masked_rows": np.array(rows, np.int64), "masks": masks[0] if len(masks) == 1 else np.concatenate(masks)}
 
 
-def _grammars_masks(asked: list[tuple[Sequence, GrammarState]], grammar_masks: GrammarMasks | None) -> Masks:
+def _grammars_masks(asked: list[tuple[Sequence, GrammarState]], grammar_masks: GrammarMasks) -> Masks:
     """Return the mask of each sequence's grammar."""
-    assert grammar_masks is not None
     masks = grammar_masks.compute([grammar for _, grammar in asked])
     for mask, (sequence, _) in zip(masks, asked, strict=True):
         if sequence.sampling.ignore_eos:

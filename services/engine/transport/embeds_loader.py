@@ -32,7 +32,7 @@ class EmbedsLoader:
         ownership: EntryOwnership,
         hidden_size: int,
         recheck_s: float,
-        segments: Segments | None = None,
+        segments: Segments | None,
     ) -> None:
         self._blobs = blobs
         self._segments = segments

@@ -25,7 +25,7 @@ from services.gateway.tenants.metrics import TenantMetrics
 from services.gateway.tenants.slots import TenantSlots
 from shared.errors import RequestError
 from shared.log import logger
-from shared.tracing import OFF, Span, Tracing
+from shared.tracing import Span, Tracing
 
 # All other paths need a key, including those that do not exist.
 OPEN_PATHS = HEALTH_PATHS | frozenset(console.ASSETS) | frozenset(reference.ASSETS)
@@ -57,7 +57,7 @@ class Edge:
         bodies: FailureBodies,
         metrics: GatewayMetrics,
         hosts: KnownHosts,
-        tracing: Tracing = OFF,
+        tracing: Tracing,
     ) -> None:
         """Wrap `app`. `paths` are the routes that metrics name."""
         self._app = app

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.mm_encoder.vision.ops import Ops
-from services.mm_encoder.vision.pace import WHOLE, PassPace
+from services.mm_encoder.vision.pace import PassPace
 from services.mm_encoder.vision.rows import spans
 from services.mm_encoder.vision.tables import Tables
 from services.mm_encoder.vision.weights import Block, Linear, Tower
@@ -18,7 +18,7 @@ from shared.model.config import VisionConfig
 
 
 def run_tower(
-    x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, ops: Ops, at_once: int, pace: PassPace = WHOLE
+    x: Tensor, tables: Tables, weights: Tower, config: VisionConfig, ops: Ops, at_once: int, pace: PassPace
 ) -> Tensor:
     """Map [N, hidden] embedded patches, in merge-block order, to [N, hidden], in place, `at_once` rows at a time."""
     width, eps, blocks = config.hidden_size, config.norm_eps, weights.blocks

@@ -24,6 +24,7 @@ from services.engine.kernels.quantize import Bits, Weight, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.reference.paged_attention import PagedSequences
 from services.engine.kernels.triton.common import launch
 from services.engine.kernels.triton.invariant.ops import invariant_ops
 from services.engine.kernels.triton.moe import grouped
@@ -115,9 +116,8 @@ class Layer:
         query = ops.qkv(x, self._qkv, angles, angles, self._cache, self._cache, ids, None)
         sequences, longest = (1, rows) if prefill else (rows, 1)
         tables, starts = (room(*shape, dtype=torch.int32) for shape in ((sequences, 512), (sequences + 1,)))
-        out = ops.paged_attention(
-            query, self._cache, self._cache, tables, starts, starts[1:], longest, 4096, 0.1, (), None, False, None
-        )
+        paged = PagedSequences(tables, starts, starts[1:], longest, 4096)
+        out = ops.paged_attention(query, self._cache, self._cache, paged, 0.1, None, None)
         out, vision = out.view(rows, HEADS * DIM), room(rows, dtype=torch.bool)
         for spare in (True, False) if prefill else (True,):
             grouped.has_memory_for_copies = lambda device, spare=spare: spare  # type: ignore[misc]

@@ -17,6 +17,7 @@ from services.engine.kernels.quantize import Bits, Quantized, foreign, quantize
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.reference.paged_attention import PagedSequences
 from services.engine.kernels.triton.attention import paged_attention, qkv, rotary_tables
 from services.engine.kernels.triton.dense import dequantize, linear, rms_norm, silu_mul
 from services.engine.kernels.triton.dense import quantize as gpu_quantize
@@ -102,7 +103,8 @@ def decode(sequences: int) -> None:
     axes = torch.zeros(DIM // 2, dtype=torch.int64)
     rotary_tables.rotary_tables(axes.expand(3, -1)[:, :sequences], angles[0], axes)
     query = qkv.qkv(x, weight((HEADS + 2 * KV_HEADS) * DIM), angles, angles, cache, cache, slots)
-    paged_attention.paged_attention(query, cache, cache, ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560, 0.1)
+    paged = PagedSequences(ints[:-1], ints[:, 0], ints[:-1, 0], 1, 2560)
+    paged_attention.paged_attention(query, cache, cache, paged, 0.1)
     shared = SwiGLU(weight(2 * HIDDEN), weight(HIDDEN))
     gate, bias = zeros(4, HIDDEN, dtype=torch.float32), zeros(4, dtype=torch.float32)
     norm, vision = zeros(HIDDEN), zeros(sequences, dtype=torch.bool)
@@ -141,12 +143,10 @@ def prefill() -> None:
     pages, lengths = room(4, 64, 4, 128), torch.tensor([0, rows], dtype=torch.int32)
     tables = torch.zeros(1, 4, dtype=torch.int32)
     for longest in (rows, 10 * rows):
-        paged_attention.paged_attention(
-            room(rows, 20, 128), pages, pages, tables, lengths, lengths[1:], longest, rows, 128**-0.5
-        )  # fmt: skip
-    paged_attention.paged_attention(
-        room(1, 20, 128), pages, pages, tables, lengths, lengths[1:], 1, rows, 128**-0.5, ((1, rows),), None, True
-    )  # fmt: skip
+        paged = PagedSequences(tables, lengths, lengths[1:], longest, rows)
+        paged_attention.paged_attention(room(rows, 20, 128), pages, pages, paged, 128**-0.5)
+    decoding = PagedSequences(tables, lengths, lengths[1:], 1, rows, ((1, rows),), beside=True)
+    paged_attention.paged_attention(room(1, 20, 128), pages, pages, decoding, 128**-0.5)
 
 
 def invariant() -> None:

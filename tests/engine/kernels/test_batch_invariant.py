@@ -17,6 +17,7 @@ from services.engine.kernels.reference import linear as reference_linear
 from services.engine.kernels.reference.experts import ExpertPool
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
+from services.engine.kernels.reference.paged_attention import PagedSequences
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -115,9 +116,8 @@ def test_attention_however_a_prompt_is_cut(page: int) -> None:
         contexts = torch.tensor([*beside, last], dtype=torch.int32, device=DEVICE)
         table = torch.cat([tables[1 : 1 + len(beside)], tables[:1]])
         most, longest = max(counts), max((last, *beside))
-        out = OPS.paged_attention(
-            rows, keys, values, table, starts, contexts, most, longest, DIM**-0.5, (), None, False, None
-        )
+        paged = PagedSequences(table, starts, contexts, most, longest)
+        out = OPS.paged_attention(rows, keys, values, paged, DIM**-0.5, None, None)
         return out[-(last - first) :]
 
     whole = attend(0, length, (), 0)

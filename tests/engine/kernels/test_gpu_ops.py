@@ -18,7 +18,7 @@ from services.engine.kernels.reference.experts import ExpertPool, experts
 from services.engine.kernels.reference.linear import linear
 from services.engine.kernels.reference.mlp import SwiGLU
 from services.engine.kernels.reference.moe import MoE
-from services.engine.kernels.reference.paged_attention import AttentionLaunch
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, PagedSequences
 from services.engine.kernels.reference.rotary import rotary_tables
 from services.engine.kernels.reference.router import router
 from services.engine.kernels.triton.attention import paged_attention as gpu_attention
@@ -417,13 +417,15 @@ def attention_arguments(
         qkv[:, :heads],
         keys,
         values,
-        tables.to(DEVICE),
-        starts.to(DEVICE),
-        torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
-        max(lengths),
-        max(contexts),
+        PagedSequences(
+            tables.to(DEVICE),
+            starts.to(DEVICE),
+            torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
+            max(lengths),
+            max(contexts),
+            tuple(zip(lengths, contexts, strict=True)),
+        ),
         dim**-0.5,
-        tuple(zip(lengths, contexts, strict=True)),
     )
 
 
@@ -475,11 +477,12 @@ def test_tiles_of_a_chunk_are_those_measured_fastest(queries: int, context: int,
 def test_those_that_decode_beside_a_chunk(sequences: int, dtype: torch.dtype) -> None:
     """Whatever the device computes at once, what comes behind both finds both results."""
     chunk = attention_arguments([200], [100], 16, 10, 2, 24, dtype)
-    decodes = attention_arguments([1] * sequences, [300] * sequences, 16, 10, 2, 24, dtype)
+    *decodes, paged, scale = attention_arguments([1] * sequences, [300] * sequences, 16, 10, 2, 24, dtype)
+    decodes += [dataclasses.replace(paged, beside=True), scale]
     expected = [REFERENCE.paged_attention(*arguments) for arguments in (chunk, decodes)]
     for _ in range(20 if DEVICE == "cuda" else 1):
         results = [torch.full_like(one, float("nan")) for one in expected]
-        for arguments in ((*chunk, results[0]), (*decodes, results[1], True)):
+        for arguments in ((*chunk, results[0]), (*decodes, results[1])):
             OPS.paged_attention(*arguments)
         for result, wanted in zip(results, expected, strict=True):
             close(result + 0, wanted)
@@ -504,7 +507,7 @@ def test_layer_after_layer(lengths: list[int], page: int, dim: int, dtype: torch
             each.view(keys.shape).copy_(own * (layer + 1)) for each, own in zip(moved, (keys, values), strict=True)
         ]
         out.fill_(float("nan"))
-        arguments = [query, *cache, *rest, out, False, launches]
+        arguments = [query, *cache, *rest, out, launches]
         attended = ops.paged_attention(*arguments)
         close(attended, REFERENCE.paged_attention(query, *cache, *rest))
         assert attended is out
@@ -515,9 +518,9 @@ def test_layer_after_layer(lengths: list[int], page: int, dim: int, dtype: torch
 def test_what_lies_behind_a_context_is_not_read(dtype: torch.dtype) -> None:
     arguments = attention_arguments([1], [20], 16, 10, 2, 24, dtype)
     expected = OPS.paged_attention(*arguments)
-    _, keys, values, tables, *_ = arguments
+    _, keys, values, paged, _ = arguments
     for cache in (keys, values):
-        cache[tables[0, 1], 5:] = float("nan")
+        cache[paged.block_tables[0, 1], 5:] = float("nan")
     assert torch.equal(OPS.paged_attention(*arguments), expected)
 
 

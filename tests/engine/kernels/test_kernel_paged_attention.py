@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from services.engine.kernels.reference.kv_write import kv_write
-from services.engine.kernels.reference.paged_attention import paged_attention
+from services.engine.kernels.reference.paged_attention import PagedSequences, paged_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
@@ -68,17 +68,14 @@ def test_paged_attention(lengths: list[tuple[int, int]], heads: tuple[int, int],
         sequences.append((key.double().numpy(), value.double().numpy()))
     starts = np.cumsum([0, *(query for query, _ in lengths)])
     query = torch.randn(starts[-1], heads[0] + 3, DIM).to(dtype)[:, : heads[0]]
-    out = paged_attention(
-        query,
-        keys,
-        values,
+    paged = PagedSequences(
         tables,
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor([context for _, context in lengths], dtype=torch.int32),
         max(query for query, _ in lengths),
         max(context for _, context in lengths),
-        SCALE,
     )
+    out = paged_attention(query, keys, values, paged, SCALE)
     assert out.dtype == dtype
     assert out.is_contiguous()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

@@ -159,7 +159,7 @@ def test_logits_exist_for_a_few_rows_at_a_time() -> None:
 
     rows = torch.randn(10, 6)
     sequence = type("S", (), {"tokens": np.arange(11) % 6})
-    [scored] = PromptScorer(project, 4).launch(rows, [Part(sequence, 2, 0, 0, 10)]).read()
+    [scored] = PromptScorer(project, 4, int).launch(rows, [Part(sequence, 2, 0, 0, 10)]).read()
     assert seen == [4, 4, 2]
     whole = score(rows, torch.arange(1, 11) % 6, 2)
     for part_of, all_of in zip((scored.rows.logprobs, scored.rows.ids, scored.rows.ranks), whole, strict=True):

@@ -39,7 +39,7 @@ def blocks(**changes: Any) -> int:
 
 def test_a_block_is_keys_and_values_of_all_layers() -> None:
     assert block_bytes(CONFIG, 16, torch.float32) == BLOCK_BYTES
-    cache = allocate_cache(CpuModel(), CONFIG, settings(num_gpu_blocks_override=9), rehearse)
+    cache = allocate_cache(CpuModel(), CONFIG, settings(num_gpu_blocks_override=9), rehearse, 0, int)
     assert (cache.keys.nbytes + cache.values.nbytes) == 9 * BLOCK_BYTES
 
 

@@ -252,7 +252,7 @@ def test_all_ways_to_sample_draw_the_same_tokens() -> None:
     """Sorting, searching, and the kernels of the GPU (interpreted where there is none)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits, sequences = mixed(40)
-    plan = plan_sampling(last(sequences))
+    plan = plan_sampling(last(sequences), MASKS)
     ways = [sampling_ops("base", True), sampling_ops("rejection", False), sampling_ops("rejection", True)]
     assert len({ops.threshold for ops in ways}) == 3
     drawn = [Sampler((EOS,), ops, device).draw(logits.clone().to(device), plan).read() for ops in ways]
@@ -292,7 +292,7 @@ def test_no_decision_waits_for_the_device(kind: SamplingClass) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_device_is_waited_for_where_it_is_read(kind: SamplingClass) -> None:
     logits, sequences = mixed(16)
-    plan, device = plan_sampling(last(sequences)), torch.device("cuda")
+    plan, device = plan_sampling(last(sequences), MASKS), torch.device("cuda")
     sampler, moved = Sampler((EOS,), sampling_ops(kind, True), device), logits.to(device)
     expected = sampler.draw(moved.clone(), plan).read()
     with warnings.catch_warnings(record=True) as warned:

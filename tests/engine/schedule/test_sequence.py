@@ -6,6 +6,7 @@ from engine_cases import EOS, FACTS, PATCH, THINK_CLOSE, VOCAB, continuation, ge
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.run.grammar_masks import GrammarMasks
 from services.engine.run.sampling_plan import plan_sampling
 from services.engine.schedule.sequence import Sequence
 from services.engine.transport.resume import announcement
@@ -15,7 +16,9 @@ from shared.messages import Finish, MediaSpan, unpack_ids
 
 def state(made: Sequence) -> object:
     """Everything that can steer what comes next, as plain values."""
-    flat = {name: array.tolist() for name, array in plan_sampling(last([made])).arrays().items()}
+    flat = {
+        name: array.tolist() for name, array in plan_sampling(last([made]), GrammarMasks(VOCAB, 1)).arrays().items()
+    }
     return flat, made.thinking, made.finish(), made.tokens[: made.num_tokens].tolist()
 
 

@@ -24,7 +24,7 @@ from services.mm_encoder.vision.graphs import padded
 from services.mm_encoder.vision.kernels import attention, rowwise
 from services.mm_encoder.vision.kernels.gpu import gpu_ops
 from services.mm_encoder.vision.memory import LARGE_GRAPH_PATCHES, ROWS, pass_bytes
-from services.mm_encoder.vision.pace import ALIGNED_TILES, Pace, pass_operations, pass_pace
+from services.mm_encoder.vision.pace import ALIGNED_TILES, WHOLE, Pace, pass_operations, pass_pace
 from services.mm_encoder.vision.tables import Tables, host_tables, to_device
 from services.mm_encoder.vision.tower import run_tower
 from services.mm_encoder.vision.weights import Linear, load_weights
@@ -173,7 +173,7 @@ def test_a_pass_in_pieces_has_the_same_bits(dtype: torch.dtype) -> None:
     own = to_device(host, vision, torch.device(DEVICE))
     rows = draw(sum(own.frames), vision.hidden_size, dtype=dtype)
     whole, cut, pace = rows.clone(), rows.clone(), Pieces()
-    run_tower(whole, own, weights, vision, gpu_ops(), 100)
+    run_tower(whole, own, weights, vision, gpu_ops(), 100, WHOLE)
     run_tower(cut, own, weights, vision, gpu_ops(), 100, pass_pace(pace, host, vision))
     assert not torch.equal(whole, rows)
     assert torch.equal(cut, whole)

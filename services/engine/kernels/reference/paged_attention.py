@@ -1,6 +1,7 @@
 """Causal attention of new tokens to their sequences' paged caches."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,19 +12,34 @@ KEYS = 128  # of a tile
 MIN_PROMPT = 4096  # tokens from which on a prompt without cached tokens may be faster in a call of its own
 
 
+@dataclass(frozen=True, slots=True)
+class PagedSequences:
+    """Sequences whose queries are rows that follow each other, and whose keys and values are in blocks of the cache.
+
+    Sequence s owns query rows [query_start[s], query_start[s + 1]), the last of its context_lens[s] tokens, all of
+    which are in the cache already.
+    """
+
+    # [S, B] int32: token i of sequence s is in block block_tables[s, i // block_size]. Entries past a sequence's last
+    # block are valid block numbers of any content.
+    block_tables: Tensor
+    query_start: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32
+    max_query_len: int  # bounds for planning a launch without reading the tensors
+    max_context_len: int
+    lengths: Lengths = ()  # the values behind query_start and context_lens, or () where the host does not know them
+    # The device may compute this call at the same time as the one before it, which was for other sequences of the same
+    # step, and whose results it does not need.
+    beside: bool = False
+
+
 def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    max_query_len: int,
-    max_context_len: int,
+    paged: PagedSequences,
     scale: float,
-    lengths: Lengths = (),
     out: Tensor | None = None,
-    beside: bool = False,
     launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """Attend each query to the keys at or before its position in its sequence; softmax in float32.
@@ -31,22 +47,13 @@ def paged_attention(
     Keys are summed in tiles of KEYS, from the first key of the sequence on, one tile after the other. So a query's sums
     do not depend on the other sequences, on what else of its own is computed with it, or on the size of blocks.
 
-    Sequence s owns query rows [query_start[s], query_start[s + 1]), the last of its context_lens[s] tokens, all of
-    which are in the cache already. Key head j serves query heads [j G, (j + 1) G), G = heads / kv_heads.
+    Key head j serves query heads [j G, (j + 1) G), G = heads / kv_heads.
 
     Args:
         query: [N, heads, D]. Rows may be strided.
         keys, values: one layer's cache, [blocks, block_size, kv_heads, D].
-        block_tables: [S, B] int32; token i of sequence s is in block block_tables[s, i // block_size]. Entries past a
-            sequence's last block are valid block numbers of any content.
-        query_start: [S + 1] int32.
-        context_lens: [S] int32.
-        max_query_len, max_context_len: bounds for planning a launch without reading the tensors.
         scale: factor on the scores.
-        lengths: the values behind query_start and context_lens, for planning launches, or () where they are unknown.
         out: [N, heads, D], contiguous; written and returned, if given.
-        beside: whether the device may compute this call at the same time as the one before it, which was for other
-            sequences of the same step, and whose results it does not need.
         launches: of this call for another layer, all of whose arguments were the same but keys and values; or empty,
             and filled for the next one.
 
@@ -55,19 +62,20 @@ def paged_attention(
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    query_start, context_lens, tables = paged.query_start, paged.context_lens, paged.block_tables
     rows_of = query_start.diff()
     single = (rows_of == 1).nonzero().flatten()
     if len(single):
         rows = query_start[single].long()
         ends = context_lens[single].unsqueeze(1)
-        out[rows] = _attend(query[rows].unsqueeze(1), keys, values, block_tables[single], ends, scale).squeeze(1)
-    if max_query_len > 1:
+        out[rows] = _attend(query[rows].unsqueeze(1), keys, values, tables[single], ends, scale).squeeze(1)
+    if paged.max_query_len > 1:
         starts, contexts = query_start.tolist(), context_lens.tolist()
         for s in (rows_of > 1).nonzero().flatten().tolist():
             chunk = slice(starts[s], starts[s + 1])
             ends = torch.arange(contexts[s] - starts[s + 1] + starts[s], contexts[s], device=query.device) + 1
-            table = block_tables[s : s + 1]
-            out[chunk] = _attend(query[chunk].unsqueeze(0), keys, values, table, ends.unsqueeze(0), scale).squeeze(0)
+            table, rows = tables[s : s + 1], query[chunk].unsqueeze(0)
+            out[chunk] = _attend(rows, keys, values, table, ends.unsqueeze(0), scale).squeeze(0)
     return out
 
 

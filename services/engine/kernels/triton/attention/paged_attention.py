@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, PagedSequences
+from services.engine.kernels.triton.attention.launches import attend_by
 from services.engine.kernels.triton.attention.whole_prompt import is_whole_prompt, library_supports, whole_prompt
 from services.engine.kernels.triton.common.last_block import counters, is_last_block
 from services.engine.kernels.triton.common.launch import (
@@ -292,42 +293,31 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    max_query_len: int,
-    max_context_len: int,
+    paged: PagedSequences,
     scale: float,
-    lengths: Lengths = (),
     out: Tensor | None = None,
-    beside: bool = False,
     launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous. Only
     sequences that decode are computed beside others, in steps that are not captured."""
-    if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if len(lengths) == 1 and is_whole_prompt(lengths[0]) and library_supports(query):
-        return out.copy_(whole_prompt(query, keys, values, block_tables[0], scale))
-    if launches is None:
-        launches = []
-    if not launches:
-        arguments = (query, keys, block_tables, query_start, context_lens)
-        if max_query_len == 1:
-            launches += _decode(*arguments, scale, out, lengths, beside)
-        else:
-            launches += _prefill(*arguments, max_query_len, max_context_len, scale, out)
-    for launch in launches:
-        launch(keys, values)
-    return out
+    if len(paged.lengths) == 1 and is_whole_prompt(paged.lengths[0]) and library_supports(query):
+        begin = _whole
+    else:
+        begin = _decode if paged.max_query_len == 1 else _prefill
+    return attend_by(begin, query, keys, values, paged, scale, out, launches)
 
 
-def _decode(
-    query, keys, block_tables, query_start, context_lens, scale, out, lengths=(), beside=False
-) -> list[AttentionLaunch]:
-    sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
+def _whole(query: Tensor, keys: Tensor, paged: PagedSequences, scale: float, out: Tensor) -> list[AttentionLaunch]:
+    def launch(keys: Tensor, values: Tensor) -> None:
+        out.copy_(whole_prompt(query, keys, values, paged.block_tables[0], scale))
+
+    return [launch]
+
+
+def _decode(query: Tensor, keys: Tensor, paged: PagedSequences, scale: float, out: Tensor) -> list[AttentionLaunch]:
+    sequences, (_, page, kv_heads, dim), heads = len(paged.context_lens), keys.shape, query.shape[1]
     plan, group = FEW_SEQUENCES_PLAN if sequences < MANY_SEQUENCES else MANY_SEQUENCES_PLAN, heads // kv_heads
-    if lengths:
+    if paged.lengths:
         # Not captured: a launch is a matter of the host's time, and it has one less.
         plan = replace(plan, last_merges=True)
     splits, tile = decode_splits(plan, sequences, kv_heads), min(TILE, page)
@@ -341,20 +331,21 @@ def _decode(
     # Splits are the slowest dimension: those beyond a short context end at once, after all others have begun.
     splitting = RepeatedLaunch(
         _decode_kernel, (kv_heads, sequences, splits),
-        q_ptr=query, tables_ptr=block_tables, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
-        acc_ptr=acc, high_ptr=high, sum_ptr=total, count_ptr=counters(out.device, "decode", sequences * kv_heads),
-        q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=block_tables.stride(0),
+        q_ptr=query, tables_ptr=paged.block_tables, starts_ptr=paged.query_start, contexts_ptr=paged.context_lens,
+        out_ptr=out, acc_ptr=acc, high_ptr=high, sum_ptr=total,
+        count_ptr=counters(out.device, "decode", sequences * kv_heads),
+        q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=paged.block_tables.stride(0),
         splits=splits, least=least, scale=scale,
         GPAD=max(GROUP_PAD, ceil_pow2(group)), PAGE=page,
-        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges, BESIDE=beside,
+        MERGED=min(MERGED, ceil_pow2(splits)), MERGES=plan.last_merges, BESIDE=paged.beside,
         num_warps=WARPS, num_stages=_stages(plan, tile, sizes["DPAD"], keys.element_size()), **sizes,
     )  # fmt: skip
     launches: list[AttentionLaunch] = [lambda keys, values: splitting(k_ptr=keys, v_ptr=values)]
     if splits > 1 and not plan.last_merges:
         merging = RepeatedLaunch(
             _merge_kernel, (sequences, heads),
-            acc_ptr=acc, high_ptr=high, sum_ptr=total, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
-            splits=splits, least=least, SPAD=ceil_pow2(splits), num_warps=4, **sizes,
+            acc_ptr=acc, high_ptr=high, sum_ptr=total, starts_ptr=paged.query_start, contexts_ptr=paged.context_lens,
+            out_ptr=out, splits=splits, least=least, SPAD=ceil_pow2(splits), num_warps=4, **sizes,
         )  # fmt: skip
         launches.append(lambda keys, values: merging())
     return launches
@@ -381,28 +372,26 @@ def chunk_shape(queries: int, context: int, lanes: float) -> PrefillShape:
     return LONG_CHUNKS if LARGE_TILE * large < small and context >= 4 * queries else CHUNKS
 
 
-def _prefill(
-    query, keys, block_tables, query_start, context_lens, max_query_len, max_context_len, scale, out
-) -> list[AttentionLaunch]:
-    lanes = query.shape[1] * len(context_lens) / (2 * multiprocessors(query.device))
-    shape = chunk_shape(max_query_len, max_context_len, lanes)
-    return [tiles_launch(query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, shape)]
+def _prefill(query: Tensor, keys: Tensor, paged: PagedSequences, scale: float, out: Tensor) -> list[AttentionLaunch]:
+    lanes = query.shape[1] * len(paged.context_lens) / (2 * multiprocessors(query.device))
+    shape = chunk_shape(paged.max_query_len, paged.max_context_len, lanes)
+    return [tiles_launch(query, keys, paged, scale, out, shape)]
 
 
 def tiles_launch(
-    query, keys, block_tables, query_start, context_lens, max_query_len, scale, out, shape: PrefillShape
+    query: Tensor, keys: Tensor, paged: PagedSequences, scale: float, out: Tensor, shape: PrefillShape
 ) -> AttentionLaunch:
     """Return what attends into `out` in tiles of `shape`: any number of new tokens a sequence.
 
     `keys`: of any layer.
     """
-    sequences, (_, page, kv_heads, dim), heads = len(context_lens), keys.shape, query.shape[1]
+    sequences, (_, page, kv_heads, dim), heads = len(paged.context_lens), keys.shape, query.shape[1]
     padded = max(16, ceil_pow2(dim))
     pagewise = shape.pagewise and page == shape.keys and dim == padded
     tiles = RepeatedLaunch(
-        _prefill_kernel, (ceil_div(max_query_len, shape.queries), heads, sequences),
-        q_ptr=query, tables_ptr=block_tables, starts_ptr=query_start, contexts_ptr=context_lens, out_ptr=out,
-        q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=block_tables.stride(0),
+        _prefill_kernel, (ceil_div(paged.max_query_len, shape.queries), heads, sequences),
+        q_ptr=query, tables_ptr=paged.block_tables, starts_ptr=paged.query_start, contexts_ptr=paged.context_lens,
+        out_ptr=out, q_stride=query.stride(0), q_head_stride=query.stride(1), table_stride=paged.block_tables.stride(0),
         heads=heads, kv_heads=kv_heads, scale=scale, G=heads // kv_heads, D=dim, DPAD=padded, PAGE=page,
         BM=shape.queries, BN=shape.keys, PAGEWISE=pagewise,
         num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers, **pdl_options(query),

@@ -1,9 +1,9 @@
 """Causal attention with one order of sums for each query."""
 
-import torch
 from torch import Tensor
 
-from services.engine.kernels.reference.paged_attention import AttentionLaunch, Lengths
+from services.engine.kernels.reference.paged_attention import AttentionLaunch, PagedSequences
+from services.engine.kernels.triton.attention.launches import attend_by
 from services.engine.kernels.triton.attention.paged_attention import PrefillShape, tiles_launch
 
 # Decoding sequences fill one row of a tile in 64. A context is not cut: one program walks over it.
@@ -14,25 +14,14 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    max_query_len: int,
-    max_context_len: int,
+    paged: PagedSequences,
     scale: float,
-    lengths: Lengths = (),
     out: Tensor | None = None,
-    beside: bool = False,
     launches: list[AttentionLaunch] | None = None,
 ) -> Tensor:
     """See the reference. The last dimension of `query` is contiguous, `keys` and `values` are contiguous."""
-    if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if launches is None:
-        launches = []
-    if not launches:
-        arguments = (query, keys, block_tables, query_start, context_lens)
-        launches.append(tiles_launch(*arguments, max_query_len, scale, out, TILES))
-    for launch in launches:
-        launch(keys, values)
-    return out
+    return attend_by(_begin, query, keys, values, paged, scale, out, launches)
+
+
+def _begin(query: Tensor, keys: Tensor, paged: PagedSequences, scale: float, out: Tensor) -> list[AttentionLaunch]:
+    return [tiles_launch(query, keys, paged, scale, out, TILES)]
