@@ -161,14 +161,19 @@ class System:
     @property
     def redis_url(self) -> str:
         """The URL of its Redis, with all rights."""
-        (path,) = self._temporary.glob(f"{scratch_prefix(self.port)}*/redis.sock")
-        return f"unix://{path}"
+        return f"unix://{self._sockets()[-1]}"
 
     def check_rights(self) -> None:
         """Check that nobody was refused what it asked its Redis for (shared/bus/users.acl)."""
-        for path in self._temporary.glob(f"{scratch_prefix(self.port)}*/redis.sock"):
+        for path in self._sockets()[-1:]:
             with redis.Redis.from_url(f"unix://{path}") as client:
                 assert client.acl_log() == []
+
+    def _sockets(self) -> list[Path]:
+        """Its Redis's socket is the last; others are left of one that had the same port and was killed. None if the
+        Redis is somebody else's."""
+        found = self._temporary.glob(f"{scratch_prefix(self.port)}*/redis.sock")
+        return sorted(found, key=lambda path: path.stat().st_mtime)
 
     async def running_requests(self) -> int:
         """Return the number of requests that the engine has, waiting or running."""

@@ -90,7 +90,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
         for pod in made.values():
             pod.wait_until_started()
         exporter = stack.enter_context(exporting(items, secret, port, directory))
-        redis = stack.enter_context(Redis.from_url(secret["gateway"]))
+        operator = f"redis://operator:{secret['operator-password']}@127.0.0.1:{port}"
+        redis = stack.enter_context(Redis.from_url(operator))
         prometheus = stack.enter_context(watching(items, made, exporter, directory))
         with Redis.from_url(f"redis://monitor:{secret['monitor-password']}@127.0.0.1:{port}") as monitor:
             pid = monitor.info("server")["process_id"]
@@ -211,9 +212,9 @@ def test_replicas_that_come_and_go(release: Release) -> None:
 
 
 def test_a_redis_that_is_full(release: Release) -> None:
-    release.redis.setrange(KEYS.stream("filler"), 228 << 20, b"x")  # of 256
+    release.redis.setrange(KEYS.request("filler"), 228 << 20, b"x")  # of 256
     with fires(release, "MillraceRedisMemory"):
-        release.redis.delete(KEYS.stream("filler"))
+        release.redis.delete(KEYS.request("filler"))
 
 
 def test_a_redis_that_does_not_answer(release: Release) -> None:

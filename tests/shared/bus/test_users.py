@@ -102,7 +102,7 @@ async def test_no_user_may_touch_keys_of_another_deployment(redis: Redis, user: 
 
 
 @pytest.mark.parametrize("service", SERVICES)
-async def test_tests_of_a_service_sign_in_as_its_user(redis: Redis, keys: Keys, service: str) -> None:
+async def test_tests_of_a_service_sign_in_as_its_user(redis: Redis, service: str) -> None:
     async with signed_in(redis, service) as own:
         assert f" user={service.replace('_', '-')} " in str(await command(own, "CLIENT", "INFO"), "ascii")
 
