@@ -85,6 +85,9 @@ def _most_tokens(request: ChatRequest) -> int | None:
     """Return the most tokens of an answer that the client wants; None: no limit.
 
     -1 says the same as nothing, as it does to LM Studio and llama.cpp, whose clients send it.
+
+    Raises:
+        RequestError: 400, a limit is 0.
     """
     limits = {name: getattr(request, name) for name in ("max_completion_tokens", "max_tokens")}
     for name, limit in limits.items():
