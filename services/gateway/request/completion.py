@@ -6,8 +6,8 @@ import msgspec
 from msgspec import Meta
 
 from services.gateway.request.schemas import (
-    MAX_TOKENS,
     MAX_TOP_LOGPROBS,
+    Budget,
     ChatRequest,
     GenerationRequest,
     TokenId,
@@ -29,7 +29,8 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
     # A text, a list of texts, a list of token ids, or a list of such lists; special tokens are ids alone, never text.
     prompt: str | Annotated[list[_PromptItem], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None  # the most tokens of an answer; 16 by default
+    # The most tokens of an answer; 16 by default, 0: none, -1: all that there is room for.
+    max_tokens: Budget | None = None
     best_of: Annotated[int, Meta(ge=1)] | None = None  # 1, or as many as `n`: every answer is returned
     echo: bool | None = None  # an answer begins with its prompt, and so do its log-probabilities
     # How likely each token was, and this many others in its place.
@@ -66,9 +67,9 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         """Return the chat request that asks for such answers, but for its conversation."""
         same = {name: getattr(self, name) for name in GenerationRequest.__struct_fields__}
         scores = [count for count in (self.logprobs if self.echo else None, self.prompt_logprobs) if count is not None]
-        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
+        limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         own = {
-            "max_tokens": limit,
+            "max_tokens": limit or 1,
             "logprobs": self.logprobs is not None,
             "top_logprobs": self.logprobs,
             "prompt_logprobs": max(scores, default=None),

@@ -45,7 +45,7 @@ def resolve_sampling(
         RequestError: 400 naming the field and its limit.
     """
     temperature = _or_default(request.temperature, defaults.temperature)
-    max_tokens = request.max_completion_tokens or request.max_tokens
+    max_tokens = _most_tokens(request)
     min_tokens = request.min_tokens or 0
     budget = thinking_budget(request)
     if max_tokens is not None and min_tokens > max_tokens:
@@ -79,6 +79,22 @@ def resolve_sampling(
         loop_repeats=loop_repeats,
         loop_tokens=loop_tokens,
     )
+
+
+def _most_tokens(request: ChatRequest) -> int | None:
+    """Return the most tokens of an answer that the client wants; None: no limit.
+
+    -1 says the same as nothing, as it does to LM Studio and llama.cpp, whose clients send it.
+
+    Raises:
+        RequestError: 400, a limit is 0.
+    """
+    limits = {name: getattr(request, name) for name in ("max_completion_tokens", "max_tokens")}
+    for name, limit in limits.items():
+        if limit == 0:
+            raise invalid(f"`{name}` must be at least 1, or -1 for no limit.", name)
+    limit = next((limit for limit in limits.values() if limit is not None), -1)
+    return None if limit == -1 else limit
 
 
 def resolve_output(request: ChatRequest, thinking: bool, defaults: ServerDefaults) -> Output:

@@ -145,7 +145,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None  # `include_usage`, `continuous_usage_stats`; needs `stream`
     n: Annotated[int, Meta(ge=1)] | None = None  # number of answers
 
-    max_tokens: Positive | None = None  # the most tokens of an answer, reasoning included
+    max_tokens: Budget | None = None  # the most tokens of an answer, reasoning included; -1: all that there is room for
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None  # nothing ends an answer before
     temperature: Wide | None = None  # 0: the most likely token
     top_p: Fraction | None = None  # sample from the most likely tokens that have this share together
@@ -214,7 +214,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]  # the conversation
-    max_completion_tokens: Positive | None = None  # as max_tokens, and wins
+    max_completion_tokens: Budget | None = None  # as max_tokens, and wins
     stop_in_reasoning: bool | None = None  # stop strings and stop tokens end the reasoning, too
     logprobs: bool | None = None  # say how likely each token was
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # and this many others in its place

@@ -17,6 +17,7 @@ from services.gateway.http.answer import AnswerWriter
 from services.gateway.http.context import RequestContext
 from services.gateway.inflight.request import OpenRequest, StreamPosition
 from services.gateway.request.answer_format import AnswerFormat
+from services.gateway.request.completion import decode_completion
 from shared.messages import Delta, PromptLogprobs, ShownLogprob, Usage, pack_ids
 
 HEAD = AnswerHead("cmpl-1", 123, "m", "fp_1")
@@ -127,3 +128,10 @@ async def test_an_api_that_only_a_newer_gateway_has_is_a_failure_that_says_so(st
     await AnswerWriter({}, "fp_1", 0).respond(request, RequestContext("id", "", None, send), receive, send)
     assert sent[0]["status"] == 503
     assert json.loads(sent[1]["body"])["error"]["code"] == "unknown_api"
+
+
+@pytest.mark.parametrize(("given", "asked"), [("null", 16), ("0", 1), ("9", 9), ("-1", -1)])
+def test_the_most_tokens_of_an_answer(given: str, asked: int) -> None:
+    body = decode_completion(b'{"prompt": "a", "max_tokens": %b}' % given.encode())
+    assert body.as_chat().max_tokens == asked
+    assert body.scores_only is (given == "0")

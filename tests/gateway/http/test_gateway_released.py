@@ -68,7 +68,7 @@ async def client_left(server: Running, stages: Stages) -> None:
 
 
 async def refused(server: Running, _stages: Stages) -> None:
-    await post(server, CHAT, 400, json={"model": "demo-model", "messages": HI, "max_tokens": -1})
+    await post(server, CHAT, 400, json={"model": "demo-model", "messages": HI, "max_tokens": -2})
 
 
 async def refused_grammar(server: Running, _stages: Stages) -> None:

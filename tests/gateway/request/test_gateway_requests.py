@@ -108,9 +108,10 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     (saying(video({"url": MP4, "subtitles": [{}]})), 400, "messages[0].content[0].video_url.subtitles", "supported"),
     ({"model": 4}, 400, "model", "int"),
     ({"model": "m" * 257}, 400, "model", "256"),
-    ({"max_tokens": 0}, 400, "max_tokens", ">= 1"),
-    ({"max_tokens": -5}, 400, "max_tokens", ">= 1"),
-    ({"max_completion_tokens": 0}, 400, "max_completion_tokens", ">= 1"),
+    ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
+    ({"max_tokens": -5}, 400, "max_tokens", ">= -1"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "at least 1"),
+    ({"max_completion_tokens": 9, "max_tokens": 0}, 400, "max_tokens", "at least 1"),
     ({"max_tokens": 5, "min_tokens": 6}, 400, "min_tokens", "5"),
     ({"temperature": -1}, 400, "temperature", ">= 0"),
     ({"temperature": "hot"}, 400, "temperature", "str"),
@@ -411,6 +412,23 @@ def test_max_tokens_is_what_the_context_leaves(parser: WholeParser) -> None:
     assert free.max_tokens == parser.max_model_len - len(free.segments[0])
     assert parse(parser, max_tokens=10).max_tokens == 10
     assert parse(parser, max_tokens=10**6).max_tokens == free.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"max_tokens": -1}, None),
+        ({"max_completion_tokens": -1}, None),
+        ({"max_completion_tokens": -1, "max_tokens": 7}, None),
+        ({"max_completion_tokens": 7, "max_tokens": -1}, 7),
+        ({"max_tokens": -1, "min_tokens": 6}, None),
+    ],
+)
+def test_minus_one_is_no_limit(parser: WholeParser, fields: dict[str, int], limit: int | None) -> None:
+    free = parse(parser)
+    made = parse(parser, **fields)
+    assert made.sampling.max_tokens == limit
+    assert made.max_tokens == (limit or free.max_tokens)
 
 
 def test_fields_no_server_needs_are_ignored_and_neutral_ones_accepted(parser: WholeParser) -> None:
