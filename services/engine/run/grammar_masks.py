@@ -1,8 +1,8 @@
 """Masks of the tokens that grammars allow next, computed on the host while the device computes the step.
 
 All sequences of a step wait for its masks. So one mask has MASK_S of a core, and all of a step together have as much of
-each core that computes them: beyond that, the slowest answers end, with the token that these masks were for. A grammar
-takes a little longer each time, as the library bounds what can come at once by counting
+each core that computes them: beyond that, the slowest answers end, with the token that these masks were for, unless it
+is the first time. A grammar takes a little longer each time, as the library bounds what can come at once by counting
 (shared/grammar/compiler.py), so no step's masks take much more than that.
 """
 
@@ -81,12 +81,20 @@ class GrammarMasks:
         Args:
             took: seconds of a core, of the first states: those that are known.
         """
-        most, in_all = MASK_S * self._threads, sum(took)
+        most, in_all, slowest = MASK_S * self._threads, sum(took), list[int]()
         for row in sorted(range(len(took)), key=lambda row: -took[row]):
             if took[row] < MASK_S and in_all < most:
                 break
-            states[row].give_up(_TOO_SLOW if took[row] >= MASK_S else _SLOWEST.format(took[row]))
+            slowest.append(row)
             in_all -= took[row]
+        # The first mask of an answer may be slower than all that follow, and many answers may begin at once.
+        again = [states[row].was_slow for row in slowest]
+        for row, before in zip(slowest, again, strict=True):
+            states[row].note_slow()
+            if took[row] >= MASK_S:
+                states[row].give_up(_TOO_SLOW)
+            elif before:
+                states[row].give_up(_SLOWEST.format(took[row]))
 
 
 def forbid(mask: Masks, tokens: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from shared.errors import Failure, internal
 class GrammarState:
     """Grammar of one sequence, after the tokens that were appended since its thinking ended."""
 
-    __slots__ = ("_failure", "_origin", "matcher")
+    __slots__ = ("_failure", "_origin", "_was_slow", "matcher")
 
     def __init__(self, matcher: LLMatcher, origin: "GrammarState | None" = None) -> None:
         """
@@ -19,6 +19,7 @@ class GrammarState:
         self.matcher = matcher
         self._origin = origin
         self._failure: Failure | None = None
+        self._was_slow = False
 
     @property
     def failure(self) -> Failure | None:
@@ -26,6 +27,18 @@ class GrammarState:
         if self._failure is None and self.matcher.is_error():
             self._failure = internal(f"The grammar failed: {self.matcher.get_error():.300}", "grammar_error").failure
         return self._failure
+
+    @property
+    def was_slow(self) -> bool:
+        """True if a mask of the answer was among the slowest of a step whose masks took too long."""
+        return self._was_slow if self._origin is None else self._origin.was_slow
+
+    def note_slow(self) -> None:
+        """Note that one was."""
+        if self._origin is None:
+            self._was_slow = True
+        else:
+            self._origin.note_slow()
 
     def give_up(self, reason: str) -> None:
         """Let the answer end here, by a failure; of a copy, the answer that it is of."""

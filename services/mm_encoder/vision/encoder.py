@@ -147,7 +147,7 @@ class Encoder:
             torch.mm(normalise(rows[some], self._mean, self._std, self._dtype), weight.T, out=patches[some])
         return patches
 
-    def _run(self, patches: Tensor, tables: Tables, pace: PassPace) -> Tensor:
+    def _run(self, patches: Tensor, tables: Tables, pace: PassPace = WHOLE) -> Tensor:
         """Return the embeddings of embedded patches, whose memory is overwritten."""
         config, at_once = self._config, self._at_once
         x = run_tower(patches, tables, self._weights.tower, self._vision, self._ops, at_once, pace)
