@@ -4,7 +4,6 @@ SIGTERM or SIGINT stops its life (shared/service.py), and a second one the proce
 """
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from redis.asyncio import Redis
 
 from shared import config, crash_points, fingerprint, log, metrics, tracing
 from shared.bus.client import connect
+from shared.collector import keep_from_collector
 from shared.config import CommonSettings
 from shared.errors import CheckpointError, ConfigError
 from shared.service import MISCONFIGURED, Life, Service
@@ -23,13 +23,6 @@ from shared.tracing import Tracing
 from shared.visible import visible_lines
 
 _log = log.logger(__name__)
-# Of the garbage collector, once a service is ready: the second look has what survived the first, and the third all.
-# Python's own 700 is reached by live requests that come and go: with 256 clients it looked every two seconds, for 4 ms,
-# at what they hold, and found nothing. All is looked at once there are 90,000 objects more (Python: 100,000), or later
-# in a large process, since CPython also waits until what survived the second look is a quarter of what the last look at
-# all has left: 150,001 after one at 300,000 objects. No request leaves a cycle behind that would hold a body or media
-# until then.
-THRESHOLDS = (30_000, 0, 0)
 
 S = TypeVar("S", bound=CommonSettings)
 S_contra = TypeVar("S_contra", bound=CommonSettings, contravariant=True)
@@ -99,16 +92,6 @@ def run(
         status = runner.run(live())
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # stays while the interpreter is torn down, as no handler does
     return status
-
-
-def keep_from_collector() -> None:
-    """Let the garbage collector never look at what is there already, which stays: a look takes an engine 0.2 s.
-
-    At what comes then it looks after as many new objects as only a leak of cycles or a large burst of requests brings.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
 
 
 def _on_signal(life: Life, number: int) -> None:

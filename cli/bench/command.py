@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
 from cli.bench.figures import Figures, First, figures, first_of, first_table, table
 from cli.bench.guesses import Counters, read
+from cli.bench.http_stream import host_of
 from cli.bench.load import Load, Part, Range, poisson, shares
 from cli.connection import Parser
 from cli.output import write
@@ -252,7 +253,7 @@ def _endpoint(url: str, path: str) -> str:
         raise ConfigError(f"--url: {url} is not a URL: {error}") from None
     if not right or "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(f"--url: {url} is not the URL of a server: http://HOST:PORT, or a path below it")
-    zone = unquote(parts.hostname or "").partition("%")[2]
+    zone = host_of(parts).partition("%")[2]
     if zone and zone not in (word for index, name in socket.if_nameindex() for word in (name, str(index))):
         raise ConfigError(f"--url: {url} names the network interface {zone}, which this machine does not have")
     return url.rstrip("/").removesuffix("/v1") + f"/v1/{path}"

@@ -8,7 +8,7 @@ import re
 import ssl
 import time
 from typing import cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from httptools import HttpResponseParser
@@ -137,12 +137,17 @@ class Connection(asyncio.Protocol):
         self._done.set_result(None)
 
 
+def host_of(parts: SplitResult) -> str:
+    """Return the host that a URL names; behind that of an IPv6 address, % and its zone, which follows %25 in a URL."""
+    return (parts.hostname or "127.0.0.1").replace("%25", "%", 1)
+
+
 class Pool:
     """Connections to one server. A request takes an idle one, or opens another."""
 
     def __init__(self, url: str, key: str) -> None:
         parts = urlsplit(url)
-        self.host = unquote(parts.hostname or "127.0.0.1")  # a zone follows %25 in a URL
+        self.host = host_of(parts)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         authorization = f"authorization: Bearer {key}\r\n" if key else ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from PIL import Image
 from scripted_stream import DONE, END, STREAM, USAGE, WORD, scripted
 
 from cli.bench import command
-from cli.bench.client import Client
+from cli.bench.client import Client, rehearse
 from cli.bench.command import run as run_processes
 from cli.bench.figures import figures, first_of, first_table, quantile, table
 from cli.bench.guesses import Counters, read
@@ -224,6 +225,22 @@ def test_an_address_of_a_network_without_the_server_is_a_failure(
     assert "cannot connect: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("address", "host", "local"),
+    [
+        ("[fe80::1%25eth0]", "fe80::1%eth0", True),
+        ("[fe90::1%2512]", "fe90::1%12", True),
+        ("[fe80::1%12]", "fe80::1%12", True),  # as people write it
+        ("[fd00::1]", "fd00::1", False),
+        ("fe80.example", "fe80.example", False),
+    ],
+)
+def test_a_zone_follows_a_percent_sign_that_a_url_escapes(address: str, host: str, local: bool) -> None:
+    url = f"http://{address}:8180/v1/completions"
+    assert Pool(url, "").host == host
+    assert Client(msgspec.structs.replace(LOAD, url=url)).is_link_local is local
+
+
 def test_a_zone_is_for_the_socket_and_not_for_the_server() -> None:
     async def ask(pool: Pool) -> Answer:
         await pool.ask(b"{}", answer := Answer(1, 0.0))
@@ -252,6 +269,14 @@ def test_the_time_being_up_ends_it() -> None:
     with scripted(pieces=(WORD,)) as (url, _):
         answers = run(url, arrivals=(Arrival(0.0, 5), Arrival(3600.0, 5)), seconds=0.0)
     assert len(answers) <= 1  # the second one's time never came
+
+
+def test_a_load_is_measured_where_the_machine_cannot_reach_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_server(*_: object) -> None:
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    monkeypatch.setattr(asyncio, "start_server", no_server)
+    asyncio.run(rehearse(LOAD))
 
 
 def test_a_process_rehearses_with_a_whole_answer_that_it_reads() -> None:

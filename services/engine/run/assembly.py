@@ -19,6 +19,7 @@ from services.engine.run.runner import Followers, ModelRunner
 from services.engine.run.sampler import Sampler
 from services.engine.run.step import StepBuilder
 from services.engine.settings import EngineSettings, SamplingClass
+from shared.collector import keep_from_collector
 from shared.cpu_share import usable_cores
 from shared.errors import ConfigError
 from shared.model.config import ModelConfig
@@ -73,6 +74,8 @@ def runner_for(
             times = replace(times, decode=rehearsal.measure_decodes(graphs, most, times.ms_per_cached_token))
         torch.cuda.empty_cache()
         keep_room_for_logits(model, settings.max_num_seqs)
+        # Not first behind the steps below: a look at all there is takes from the core's caches what a step needs.
+        keep_from_collector()
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))
     parts = model, cache, sampler, builder, grammar_masks, graphs, settings.max_num_seqs
