@@ -18,6 +18,9 @@ MAX_MEDIA = 100
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
 
+# Half of the time for which an admitted request keeps its place without a record (tenants/tenant_hash.lua: STALE).
+MAX_SUBMIT_S = 30
+
 # Of the memory for bodies, what large ones may take: uploads must not turn away requests without any.
 LARGE_SHARE = 0.75
 
@@ -65,7 +68,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True, forbid_unknown_
     max_queue: Positive = 4096  # requests in the pipeline, waiting and running; more are answered 429
     # tokens of prompts whose answer has not begun, at all gateways; beyond it requests are answered 429. 0: no limit.
     max_num_queued_tokens: Annotated[int, Meta(ge=0)] = 0
-    submit_timeout_s: Seconds = 10.0  # how long Redis may take to accept a request; a restart takes one or two
+    # how long Redis may take to accept a request, 30 s at most; a restart takes one or two
+    submit_timeout_s: Annotated[float, Meta(gt=0, le=MAX_SUBMIT_S)] = 10.0
     retain_s: Annotated[float, Meta(ge=0)] = 60.0  # how long an answer can be read again after its end
     # how long a response of /v1/responses is kept after it was used last
     responses_keep_s: Positive = 24 * 3600

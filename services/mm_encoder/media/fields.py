@@ -16,6 +16,10 @@ _START = b"\0\0\1"
 # seldom more than 10 slices, or some 70 of a network packet's size.
 _MOST_UNITS, _HEAD_BYTES, _SLICE_BYTES = 256, 512, 32
 _MOST_SEQUENCES, _MOST_PICTURES = 32, 256  # ids of parameter sets
+# How many different sequence parameter sets are parsed of a track; further ones are ignored. A programme has one.
+_MOST_PARSED = 256
+_MOST_OFFSETS = 255  # of the order count's cycle
+_MOST_ZEROS = 32  # before a number
 
 
 class _Sequence(NamedTuple):
@@ -35,11 +39,13 @@ class FieldPairs:
     """Recogniser of second fields; feed it every packet of the track, in order."""
 
     def __init__(self, extradata: bytes | None) -> None:
-        self._length_bytes = 0  # before each NAL unit, as in MP4; 0: start codes, as in MPEG-TS
+        extradata = extradata or b""
+        self._length_bytes = _length_bytes(extradata)  # before each NAL unit; 0: start codes, as in MPEG-TS
+        self._parsed: dict[bytes, tuple[int, _Sequence] | None] = {}  # by NAL unit; None: broken
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_ids: dict[int, int] = {}  # by picture parameter set
         self._first: _Picture | None = None  # of a frame whose second field has not come
-        self.follow(extradata or b"")
+        self.follow(extradata)
 
     @property
     def possible(self) -> bool:
@@ -47,9 +53,26 @@ class FieldPairs:
         return not self._sequences or any(sequence.may_have_fields for sequence in self._sequences.values())
 
     def follow(self, extradata: bytes) -> None:
-        """Take in parameter sets that the container has beside its packets, from the next packet on."""
-        for unit in self._parameter_sets(extradata):
-            self._read(unit)
+        """Take in parameter sets that the container has beside its packets, from the next packet on.
+
+        As FFmpeg does, it takes those before what is cut off, and lengths go on as they are unless all is whole.
+        """
+        length_bytes, at = _length_bytes(extradata), 5
+        if not length_bytes:
+            for unit in _after_start_codes(extradata):
+                self._read(unit)
+            return
+        for mask in (0x1F, 0xFF):  # the number of sequence, then of picture parameter sets
+            count = int.from_bytes(extradata[at : at + 1], "big") & mask
+            at += 1
+            for _ in range(count):
+                size = int.from_bytes(extradata[at : at + 2], "big")
+                at += 2
+                if at + size > len(extradata):
+                    return
+                self._read(extradata[at : at + min(size, _HEAD_BYTES)])
+                at += size
+        self._length_bytes = length_bytes
 
     def begins_frame(self, packet: bytes) -> bool:
         """Return False if the packet holds only the second field of a frame; what is broken begins a frame.
@@ -76,26 +99,10 @@ class FieldPairs:
         self._first = picture
         return True
 
-    def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
-        if extradata[:1] != b"\1" or len(extradata) < 7:
-            self._length_bytes = 0
-            yield from self._units(extradata)
-            return
-        self._length_bytes = (extradata[4] & 3) + 1
-        at = 5
-        for mask in (0x1F, 0xFF):  # the number of sequence, then of picture parameter sets
-            count = int.from_bytes(extradata[at : at + 1], "big") & mask
-            at += 1
-            for _ in range(count):
-                size = int.from_bytes(extradata[at : at + 2], "big")
-                yield extradata[at + 2 : at + 2 + size]
-                at += 2 + size
-
     def _units(self, data: bytes) -> Iterator[bytes]:
         """Yield the beginnings of the first NAL units."""
         if not self._length_bytes:
-            for at in islice(_starts(data), _MOST_UNITS):
-                yield data[at : at + _HEAD_BYTES]
+            yield from _after_start_codes(data)
             return
         at = 0
         for _ in range(_MOST_UNITS):
@@ -111,9 +118,9 @@ class FieldPairs:
         kind = unit[0] & 31 if unit else 0
         try:
             if kind == _SPS:
-                self._read_sequence(_Bits(unit[1:]))
+                self._read_sequence(unit)
             elif kind == _PPS:
-                bits = _Bits(unit[1:])
+                bits = _Bits(unit[1:_SLICE_BYTES])
                 number = bits.below(_MOST_PICTURES)
                 self._sequence_ids[number] = bits.below(_MOST_SEQUENCES)
             elif kind in (_SLICE, _IDR_SLICE):
@@ -122,18 +129,14 @@ class FieldPairs:
             return None
         return None
 
-    def _read_sequence(self, bits: "_Bits") -> None:
-        profile = bits.take(8)
-        bits.take(16)
-        number = bits.below(_MOST_SEQUENCES)
-        planes = bits.skip_chroma() if profile in _CHROMA_PROFILES else 0
-        frame_number_bits = bits.unsigned() + 4
-        bits.skip_order_count()
-        bits.unsigned()  # reference frames
-        bits.take(1)  # gaps
-        bits.unsigned()  # width
-        bits.unsigned()  # height
-        self._sequences[number] = _Sequence(not bits.take(1), planes, frame_number_bits)
+    def _read_sequence(self, unit: bytes) -> None:
+        unit, _, _ = unit.partition(_START)  # what follows differs from picture to picture
+        if unit not in self._parsed and len(self._parsed) < _MOST_PARSED:
+            self._parsed[unit] = None
+            self._parsed[unit] = _parse_sequence(_Bits(unit[1:]))
+        known = self._parsed.get(unit)
+        if known is not None:
+            number, self._sequences[number] = known
 
     def _read_slice(self, bits: "_Bits") -> _Picture:
         bits.unsigned()  # its first macroblock
@@ -143,6 +146,32 @@ class FieldPairs:
         frame_number = bits.take(sequence.frame_number_bits)
         is_field = sequence.may_have_fields and bits.take(1)
         return _Picture(frame_number, bool(bits.take(1)) if is_field else None)
+
+
+def _length_bytes(extradata: bytes) -> int:
+    """Return how long the lengths before NAL units are; 0 if the extradata is not as in MP4."""
+    return (extradata[4] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) >= 7 else 0
+
+
+def _parse_sequence(bits: "_Bits") -> tuple[int, _Sequence]:
+    """Return a sequence parameter set's id and facts."""
+    profile = bits.take(8)
+    bits.take(16)
+    number = bits.below(_MOST_SEQUENCES)
+    planes = bits.skip_chroma() if profile in _CHROMA_PROFILES else 0
+    frame_number_bits = bits.unsigned() + 4
+    bits.skip_order_count()
+    bits.unsigned()  # reference frames
+    bits.take(1)  # gaps
+    bits.unsigned()  # width
+    bits.unsigned()  # height
+    return number, _Sequence(not bits.take(1), planes, frame_number_bits)
+
+
+def _after_start_codes(data: bytes) -> Iterator[bytes]:
+    """Yield the beginnings of the first NAL units."""
+    for at in islice(_starts(data), _MOST_UNITS):
+        yield data[at : at + _HEAD_BYTES]
 
 
 def _starts(data: bytes) -> Iterator[int]:
@@ -174,10 +203,10 @@ class _Bits:
         return self._value >> self._left & ((1 << count) - 1)
 
     def unsigned(self) -> int:
-        zeros = 0
-        while not self.take(1):
-            zeros += 1
-        return (1 << zeros) - 1 + self.take(zeros)
+        zeros = self._left - (self._value & ((1 << self._left) - 1)).bit_length()
+        if zeros > _MOST_ZEROS:
+            raise ValueError("a number is too long")
+        return self.take(2 * zeros + 1) - 1
 
     def below(self, limit: int) -> int:
         value = self.unsigned()
@@ -217,5 +246,5 @@ class _Bits:
             self.take(1)
             for _ in range(2):
                 self.signed()
-            for _ in range(self.unsigned()):
+            for _ in range(self.below(_MOST_OFFSETS + 1)):
                 self.signed()

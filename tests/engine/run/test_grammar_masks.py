@@ -1,5 +1,6 @@
 """Masks of grammars: the same whoever computes them, and neither one nor those of a step take long."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_one_that_is_slow_in_a_thread_is_found_in_the_next_step(clock: Clock, ma
 
 def test_the_slowest_end_until_the_masks_of_a_step_fit(clock: Clock, masks: GrammarMasks) -> None:
     """None of them takes too long by itself."""
-    states = states_that_take(clock, *(grammar_masks.MASK_S * share for share in (0.3, 0.5, 0.35, 0.45, 0.4)))
+    states = states_that_take(clock, *(grammar_masks.MASK_S * share for share in (0.25, 0.5, 0.35, 0.45, 0.4)))
     for _ in range(2):
         masks.compute(states)
     assert failed(states) == [False] * 5, "as many that begin at once may be"
@@ -87,6 +88,56 @@ def test_the_slowest_end_until_the_masks_of_a_step_fit(clock: Clock, masks: Gram
     masks.compute([states[0], states[2]])
     assert clock.now - began < grammar_masks.MASK_S
     assert failed(states) == [False, True, False, True, True]
+
+
+def test_many_that_begin_at_once_are_spared_up_to_a_sum(clock: Clock, masks: GrammarMasks) -> None:
+    states = states_that_take(clock, *(grammar_masks.MASK_S * share for share in (0.91, 0.92, 0.93, 0.94)))
+    masks.compute(states)
+    assert failed(states) == [False] * 4, "nobody knows yet what each takes"
+    masks.compute(states)
+    assert failed(states) == [False, False, True, True]
+
+
+@pytest.fixture
+def same(clock: Clock) -> Callable[[int, float], list[GrammarState]]:
+    matcher = compile_grammar(write(json_schema({}), thinking=False))
+
+    def make(count: int, seconds: float) -> list[GrammarState]:
+        made = [GrammarState(matcher.deep_copy()) for _ in range(count)]
+        for state in made:
+            slow_down(state, clock, seconds)
+        return made
+
+    return make
+
+
+def test_those_that_are_slow_step_after_step_end(
+    clock: Clock, masks: GrammarMasks, same: Callable[[int, float], list[GrammarState]]
+) -> None:
+    """No step's masks take too long, but together they would hold up everybody."""
+    states = same(9, 0.01) + same(3, 0.001)
+    while not any(failed(states)):
+        assert clock.now < 2 * grammar_masks.LASTING_S
+        masks.compute(states)
+    assert failed(states) == [True] * 9 + [False] * 3
+    assert clock.now > grammar_masks.LASTING_S
+    assert states[0].failure is not None
+    assert "takes 0.01 s, step after step" in states[0].failure.message
+    alone = same(1, 0.01)
+    for _ in range(2 * grammar_masks.TIMED_STEPS):
+        masks.compute(alone + states[9:])
+    assert not any(failed(alone + states[9:])), "few hold up nobody"
+
+
+def test_many_that_take_what_is_usual_go_on(
+    clock: Clock, masks: GrammarMasks, same: Callable[[int, float], list[GrammarState]]
+) -> None:
+    """Some of them are slow at first, and all take longer than a slow step of few."""
+    states = same(60, 0.0009)
+    for step in range(300):
+        masks.compute(states if step % 10 else [*same(2, 0.007), *states])
+    assert clock.now > 10 * grammar_masks.LASTING_S
+    assert not any(failed(states))
 
 
 def test_each_core_has_as_much_time(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,7 @@ def test_the_page_names_every_field() -> None:
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": None}, "max_tokens", "int"),
     ({"max_tokens": 0}, "max_tokens", ">= 1"),
+    ({"max_tokens": -1}, "max_tokens", ">= 1"),
     ({"messages": []}, "messages", ">= 1"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
     ({"messages": [said("user", {"type": "server_tool_use"})]}, "messages[0].content[0].type", "server_tool_use"),

@@ -88,6 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"background": True, "store": False}, "background"),
     ({"metadata": {"a": 1}}, "metadata[...]"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": -1}, "max_output_tokens"),
     ({"input": "word " * 5000}, "input"),
 ]
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import av
 import pytest
+from h264_fields import parameter_sets, picture
 from media_files import video_bytes, video_frames
 
 from services.mm_encoder.media import video
@@ -17,84 +18,10 @@ from services.mm_encoder.media.fields import FieldPairs
 from services.mm_encoder.media.video import VideoLimits
 
 LIMITS = VideoLimits(64_000_000, 3600, 216_000)
-WIDTH, HEIGHT = 2, 2  # macroblocks of a field
 FPS = 25
 FLV_HEADER = 13  # bytes before the first tag
 # What a muxer is given: a frame's fields in a packet each, or in one.
 APART, TOGETHER = True, False
-
-
-class Bits:
-    """A NAL unit's payload, from its beginning."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def fixed(self, width: int, *values: int) -> "Bits":
-        self.text += "".join(format(value, f"0{width}b") for value in values)
-        return self
-
-    def golomb(self, *values: int) -> "Bits":
-        for value in values:
-            digits = format(value + 1, "b")
-            self.text += "0" * (len(digits) - 1) + digits
-        return self
-
-    def stored(self, grey: int) -> "Bits":
-        """Add a macroblock of one grey, as its samples."""
-        self.golomb(25)
-        self.text += "0" * (-len(self.text) % 8)
-        return self.fixed(8, *[grey] * 256, *[128] * 128)
-
-    def unit(self, header: int) -> bytes:
-        text = self.text + "1"
-        text += "0" * (-len(text) % 8)
-        payload = bytearray()
-        for byte in int(text, 2).to_bytes(len(text) // 8, "big"):
-            if byte <= 3 and payload[-2:] == b"\0\0":
-                payload.append(3)
-            payload.append(byte)
-        return b"\0\0\0\1" + bytes([header]) + payload
-
-
-def parameter_sets(*, fields: bool = True) -> bytes:
-    """Return those of fields and whole frames, or of whole frames only."""
-    sequence = Bits().fixed(8, 77, 0, 30).golomb(1, 0, 0, 4, 1).fixed(1, 0)
-    if fields:
-        sequence.golomb(WIDTH - 1, HEIGHT - 1).fixed(1, 0, 0)
-    else:
-        sequence.golomb(WIDTH - 1, 2 * HEIGHT - 1).fixed(1, 1)
-    sequence.fixed(1, 1, 0, 0)
-    picture = (
-        Bits().golomb(2, 1).fixed(1, 0, 0).golomb(0, 0, 0).fixed(1, 0).fixed(2, 0).golomb(0, 0, 0).fixed(1, 0, 0, 0)
-    )
-    return sequence.unit(0x67) + picture.unit(0x68)
-
-
-def picture(number: int, field: int | None, *, kept: bool = True, slices: int = 1, only: bool = False) -> bytes:
-    """Return frame `number`, or its field 0 or 1, of intra macroblocks.
-
-    One that is not `kept` as a reference has the number after the first frame's in its header. `only`: of a sequence of
-    whole frames.
-    """
-    count = WIDTH * HEIGHT * (2 if field is None else 1) // slices
-    return b"".join(_slice(number, field, kept, only, range(at, at + count)) for at in range(0, count * slices, count))
-
-
-def _slice(number: int, field: int | None, kept: bool, only: bool, macroblocks: range) -> bytes:
-    first = number == 0 and field != 1
-    bits = Bits().golomb(macroblocks.start, 7, 2).fixed(4, number % 16 if kept else 1)
-    if not only:
-        bits.fixed(1, *([0] if field is None else [1, field]))
-    if first:
-        bits.golomb(0)
-    bits.fixed(8, (2 * number + (field or 0)) % 256)
-    if kept:
-        bits.fixed(1, *([0, 0] if first else [0]))
-    bits.golomb(0)
-    for _ in macroblocks:
-        bits.stored(10 + number)
-    return bits.unit(0x65 if first else 0x61 if kept else 0x01)
 
 
 def stream_of(frames: list[list[int | None]], *, lasting: bool = True, slices: int = 1) -> list[list[bytes]]:
@@ -272,6 +199,57 @@ def test_parameter_sets_may_change_beside_the_packets(apart: bool, fields_first:
     assert (facts.frames, facts.fps) == (25, FPS)
     assert facts.times == tuple(judged(data))
     assert len(dict(video.decode(data, facts, range(25), LIMITS))) == 25
+
+
+def tags_of(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each tag of an FLV video begins, and its size."""
+    at = FLV_HEADER
+    while at < len(data):
+        size = 11 + int.from_bytes(data[at + 1 : at + 4], "big") + 4
+        yield at, size
+        at += size
+
+
+def with_header(data: bytes, header: bytes, number: int) -> bytes:
+    """Return an FLV video with one more sequence header before its tag of that number."""
+    at = [at for at, _ in tags_of(data)][number]
+    body = b"\x17\0\0\0\0" + header
+    tag = b"\x09" + len(body).to_bytes(3, "big") + data[at + 4 : at + 8] + b"\0\0\0" + body
+    return data[:at] + tag + len(tag).to_bytes(4, "big") + data[at:]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\1",
+        b"",
+        b"\1\x42\0\x1e\xff",
+        b"\0\0\0\1garbage",
+        parameter_sets(),
+        b"\1\x42\0\x1e\xfd\xe1\0\x09\x67",  # lengths of two bytes
+    ],
+    ids=["one byte", "empty", "short", "garbage", "start codes", "cut off"],
+)
+def test_a_broken_sequence_header_changes_no_lengths(header: bytes) -> None:
+    data = with_header(muxed("flv", stream_of([[0, 1]] * 20), APART), header, 8)
+    times = judged(data)
+    assert len(times) == 20
+    facts = video.probe(data, LIMITS)
+    assert (facts.times, facts.fps) == (tuple(times), FPS)
+
+
+def test_a_sequence_header_may_have_start_codes() -> None:
+    """FFmpeg takes its parameter sets, and the packets go on with lengths."""
+    only, both = parameter_sets(fields=False), parameter_sets()
+    whole = [[only * (not number) + picture(number, None, only=True)] for number in range(5)]
+    first = muxed("flv", whole, APART, sets=only)
+    second = muxed("flv", stream_of([[0, 1]] * 20), APART, range(10, 50, 2), both)
+    tags = [second[at : at + size] for at, size in tags_of(second)]
+    begin = next(number for number, tag in enumerate(tags) if tag[0] == 9)
+    data = with_header(first + b"".join(tags[begin + 1 :]), both, len(list(tags_of(first))))
+    facts = video.probe(data, LIMITS)
+    assert (facts.frames, facts.fps) == (25, FPS)
+    assert facts.times == tuple(judged(data))
 
 
 @pytest.mark.parametrize("header", [0x01, 0x65])
