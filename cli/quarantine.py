@@ -27,10 +27,11 @@ from shared.bus.blobs import EMBEDS, MEDIA, Blobs
 from shared.bus.client import command, connect
 from shared.bus.key_types import naming_wrong_types
 from shared.bus.keys import ENCODE, GENERATE, Keys
-from shared.bus.leases import COUNT
+from shared.bus.leases import COUNT, heeded_fields
 from shared.bus.records import Records
 from shared.errors import ConfigError, ProtocolError
 from shared.message_codec import from_entry
+from shared.message_fields import generation_of
 from shared.messages import Encode, Generate, Request, unpack_ids
 from shared.visible import visible
 
@@ -176,6 +177,10 @@ class Quarantine:
             raise Refused("it cannot be read, so it cannot run again")
         if missing := await self._missing(entry.message):
             raise Refused(f"it cannot run again: {missing}. Its client can send it again")
+        needed, names = generation_of(entry.message)
+        if needed and needed > await heeded_fields(self._redis, self._keys):
+            what = ", ".join(names)
+            raise Refused(f"it cannot run again yet: replicas of an older build live, which would leave out {what}")
         again = msgspec.structs.replace(entry.message, request=await self._anew(entry.message.request))
         await self._records.submit(entry.stream, again)
         await self.drop(entry)

@@ -1,7 +1,8 @@
 """Users of the embedded Redis: each service is one, with the rights of shared/bus/users.acl and without a password.
 
-The server's socket, in a directory that nobody else may enter, keeps others out. A service that goes astray, or is
-taken over, may do no more in Redis than the chart lets it.
+The server's socket, in a directory that nobody else may enter, keeps others out. The rights stop mistakes of a service,
+which are refused as with the chart. They stop nobody who has taken one over: it runs as the user of all, who may open
+the socket and sign in as any service, or as `default`.
 """
 
 import re

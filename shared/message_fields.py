@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from shared.messages import Output, Sampling
+from shared.messages import Encode, Generate, Media, Output, Request, Sampling
 
 GENERATION = 1  # up to which this build heeds fields
 UNHEEDED = 0  # of a field that an older build may leave out; the remark says what that does
@@ -22,7 +22,7 @@ OPTIONAL_CALLS = "tools"
 
 FIELDS: Mapping[str, Mapping[str, int]] = {
     "Request": {
-        "cache_salt": UNHEEDED,  # older engines share computed prompts among all, as they always did
+        "cache_salt": 1,  # a client's own; older engines share the prompts of tenants, as they always did
         "share": UNHEEDED,  # it waits among the requests without a tenant
         "http_id": UNHEEDED,  # lines of its log lack it
     },
@@ -46,10 +46,9 @@ FIELDS: Mapping[str, Mapping[str, int]] = {
         "first_usage": UNHEEDED,  # usage begins with zeros
     },
     "Media": {
-        # The server's own bounds hold, as they always did in older encoders.
-        "min_pixels": UNHEEDED,
-        "max_pixels": UNHEEDED,
-        "wished_max_pixels": UNHEEDED,
+        "min_pixels": 1,
+        "max_pixels": 1,
+        "wished_max_pixels": UNHEEDED,  # the server's own bounds alone hold
         "content": UNHEEDED,  # the encoder reads and hashes the upload
     },
 }
@@ -61,18 +60,27 @@ _HEEDED: Mapping[type[msgspec.Struct], list[tuple[str, int, object]]] = {
         for field in msgspec.structs.fields(kind)
         if (generation := FIELDS[kind.__name__].get(field.name, UNHEEDED)) > UNHEEDED
     ]
-    for kind in (Sampling, Output)
+    for kind in (Request, Sampling, Output, Media)
 }
 
 
-def generation_of(sampling: Sampling, output: Output) -> tuple[int, list[str]]:
+def generation_of(work: Encode | Generate) -> tuple[int, list[str]]:
     """Return the generation that a request needs of those who serve it, and the fields for which it does."""
+    request = work.request
+    media = work.media if isinstance(work, Encode) else ()
     needs = {
         name: generation
-        for part in (sampling, output)
+        for part in (request, request.sampling, request.output, *media)
         for name, generation, default in _HEEDED[type(part)]
         if getattr(part, name) != default
     }
-    if sampling.grammar is not None and sampling.grammar.param == OPTIONAL_CALLS:
+    if request.sampling.grammar is not None and request.sampling.grammar.param == OPTIONAL_CALLS:
         needs.pop("grammar")
+    if _is_of_tenant_alone(request.cache_salt):
+        needs.pop("cache_salt")
     return max(needs.values(), default=0), sorted(needs)
+
+
+def _is_of_tenant_alone(salt: str) -> bool:
+    """Return True for @NAME=, the salt of a tenant's request that states none."""
+    return salt.startswith("@") and not salt.partition("=")[2]

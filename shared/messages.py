@@ -153,7 +153,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     retain_s: float = 0.0  # time for which record and journal outlive the request, for clients that come back
     trace: str | None = None  # W3C traceparent
     form: bytes = b""  # read by gateways alone (request/answer_format.py): the format of the answer
-    cache_salt: str = ""  # the prefix cache is shared among requests with the same one only
+    cache_salt: str = ""  # the prefix cache is shared among requests with the same one only; a tenant's: @NAME=GIVEN
     share: Share | None = None  # None: requests are served in the order of their arrival
     http_id: str = ""  # X-Request-ID of the HTTP request: the client's own, or the gateway's
 

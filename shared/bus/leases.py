@@ -24,6 +24,7 @@ COUNT = "count"  # the field of the shards hash that holds their number
 
 UNREADABLE = "unreadable"  # state of a replica whose lease says nothing that we understand
 
+_DRAINING = "draining"
 _FENCED = "FENCED"
 
 
@@ -139,6 +140,16 @@ async def live(redis: Redis, keys: Keys, service: str) -> list[Replica]:
     )
     replicas = [_replica(service, str(name, "utf-8", "replace"), status) for name, status in _pairs(found)]
     return sorted(replicas, key=lambda replica: replica.name)
+
+
+async def heeded_fields(redis: Redis, keys: Keys) -> int:
+    """Return the generation up to which fields are heeded by all living replicas that may read a new request.
+
+    Engines and encoders that drain read none; a postproc that does may still own the request's shard.
+    """
+    fleet = [replica for service in SERVICES if service != "gateway" for replica in await live(redis, keys, service)]
+    readers = [each for each in fleet if each.state != _DRAINING or each.service == "postproc"]
+    return min((each.fields for each in readers if each.state != UNREADABLE), default=GENERATION)
 
 
 def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:

@@ -136,6 +136,16 @@ class Records:
         known = [msgspec.json.decode(each, type=Submission) for each in found if each is not None]
         return [request_id for submission in known for request_id in submission.request_ids]
 
+    async def earlier(self, digest: str) -> Submission | None:
+        """Return the submission under an idempotency key; None if the key is void, in the sense of `submit_once`."""
+        (found,) = await command(self._redis, "MGET", self._keys.idempotency(digest))
+        try:
+            earlier = msgspec.json.decode(found or b"", type=Submission)
+        except ValueError:  # none, or damaged
+            return None
+        alive = await self.exists(earlier.request_ids)
+        return earlier if alive and alive.issuperset(earlier.request_ids) else None
+
     async def shorten_keys(self, digests: Sequence[str], seconds: float) -> None:
         """Keep idempotency keys for this long from now (gateway)."""
         async with self._redis.pipeline(transaction=False) as pipe:

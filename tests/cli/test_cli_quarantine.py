@@ -18,7 +18,7 @@ from shared.bus.keys import ENCODE, GENERATE, Keys
 from shared.bus.leases import COUNT
 from shared.bus.records import Records
 from shared.message_codec import from_entry, to_entry
-from shared.messages import Encode, Generate, Media, MediaSpan, Output, Request, Sampling, pack_ids
+from shared.messages import Encode, Generate, Grammar, Media, MediaSpan, Output, Request, Sampling, pack_ids
 
 SECRET = "what the client wrote"
 CREATED = 1_700_000_000.0
@@ -136,6 +136,26 @@ async def test_an_entry_runs_again_as_a_request_of_its_own(quarantine: Command, 
     record = (await Records(redis, keys).get([again.request.id]))[again.request.id]
     assert (record.request, record.epoch) == (again.request, 0)
     assert await redis.xlen(keys.quarantine(GENERATE)) == 0
+
+
+async def test_beside_an_older_build_nothing_runs_again_that_it_would_do_otherwise(
+    quarantine: Command, redis: Redis, keys: Keys
+) -> None:
+    sampling = Sampling(seed=7, grammar=Grammar("{}", "response_format"))
+    guided = msgspec.structs.replace(REQUEST, sampling=sampling)
+    name = await put(redis, keys, GENERATE, msgspec.structs.replace(GENERATED, request=guided))
+    plain = await put(redis, keys, GENERATE, GENERATED)
+    await redis.hset(keys.shards(), COUNT, "8")
+    await redis.sadd(keys.replicas("engine"), "old")
+    await redis.set(keys.replica("engine", "old"), json.dumps({"service": "engine", "name": "old", "state": "ready"}))
+    status, out, told = await quarantine("retry", name, plain)
+    assert (status, out.startswith(f"{plain}: runs again")) == (1, True)
+    why = "replicas of an older build live, which would leave out grammar"
+    assert told == f"{name}: it cannot run again yet: {why}\n"
+    assert [await redis.xlen(keys.quarantine(GENERATE)), await redis.xlen(keys.stream(GENERATE))] == [1, 1]
+    await redis.delete(keys.replica("engine", "old"))
+    assert (await quarantine("retry", name))[0] == 0
+    assert await redis.xlen(keys.stream(GENERATE)) == 2
 
 
 async def test_media_that_are_gone(quarantine: Command, redis: Redis, keys: Keys) -> None:

@@ -18,7 +18,20 @@ from shared.bus.leases import Replica
 from shared.errors import Failure
 from shared.message_codec import encode_logprob, from_entry, from_record_value, to_entry, to_record_value
 from shared.message_fields import FIELDS, GENERATION, OPTIONAL_CALLS, UNHEEDED, generation_of
-from shared.messages import Begin, Finish, Grammar, Message, Offer, Output, Request, Sampling, TokenLogprob
+from shared.messages import (
+    Begin,
+    Encode,
+    Finish,
+    Generate,
+    Grammar,
+    Media,
+    Message,
+    Offer,
+    Output,
+    Request,
+    Sampling,
+    TokenLogprob,
+)
 
 RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("messages_0_1_0.json").read_bytes())
 ENTRIES = [{name.encode(): base64.b64decode(value) for name, value in entry.items()} for entry in RECORDED["entries"]]
@@ -124,21 +137,33 @@ def test_of_every_new_field_of_a_request_somebody_has_said_what_an_older_build_d
         assert added == FIELDS.get(name, {}).keys(), f"{name}: enter the new field in shared/message_fields.py"
     generations = {each for fields in FIELDS.values() for each in fields.values()}
     assert generations == set(range(UNHEEDED, GENERATION + 1))
-    # What generation_of looks at.
-    assert not any(FIELDS[name][each] for name in ("Request", "Media") for each in FIELDS[name])
+    looked_at = {"Request", "Sampling", "Output", "Media"}  # by generation_of
+    assert not any(each for name in FIELDS.keys() - looked_at for each in FIELDS[name].values())
+
+
+PLAIN = Sampling(seed=1)
+TEXT = Output(thinking=False)
+
+
+def asking(sampling: Sampling = PLAIN, output: Output = TEXT) -> Generate:
+    """Return a request for this, with a prompt of no tokens."""
+    return Generate(Request("r", "g", 0, 0.0, sampling, output), b"", 1)
 
 
 def test_a_request_needs_the_generation_of_its_latest_field() -> None:
-    plain = Sampling(seed=1), Output(thinking=False)
-    assert generation_of(*plain) == (0, [])
-    asked = (
-        Sampling(seed=1, grammar=Grammar("x", "response_format"), loop_repeats=3),
-        Output(False, special_tokens=True),
-    )
-    assert generation_of(*asked) == (1, ["grammar", "special_tokens"])
+    assert generation_of(asking()) == (0, [])
+    guided = Sampling(seed=1, grammar=Grammar("x", "response_format"), loop_repeats=3)
+    assert generation_of(asking(guided, Output(False, special_tokens=True))) == (1, ["grammar", "special_tokens"])
     strict = Sampling(seed=1, grammar=Grammar("x", OPTIONAL_CALLS))
-    assert generation_of(strict, plain[1]) == (0, []), "as 0.1.0 took such tools"
-    assert generation_of(Sampling(seed=1, prompt_logprobs=0), plain[1]) == (1, ["prompt_logprobs"])
+    assert generation_of(asking(strict)) == (0, []), "as 0.1.0 took such tools"
+    assert generation_of(asking(Sampling(seed=1, prompt_logprobs=0))) == (1, ["prompt_logprobs"])
+
+
+def test_what_the_release_would_show_a_model_in_another_size_needs_a_generation() -> None:
+    small, low = Media("image", "p", max_pixels=3136), Media("image", "p", wished_max_pixels=3136)
+    request = asking().request
+    assert generation_of(Encode(request, (b"", b"", b""), (low, small))) == (1, ["max_pixels"])
+    assert generation_of(Encode(request, (b"", b""), (low,))) == (0, []), "0.1.0 took any `detail`"
 
 
 def test_a_lease_of_the_release_heeds_no_later_field() -> None:

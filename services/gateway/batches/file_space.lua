@@ -3,18 +3,17 @@
 -- deletes what is over.
 -- KEYS: index of files by expiry, hash of sizes: of each file, of each owner's files (of:OWNER), and of all (all)
 -- ARGV: prefix of files
+-- requires: sizes
 local FILES, SIZES, FILE = KEYS[1], KEYS[2], ARGV[1]
 local CHUNK, OWN_BYTES, SWEPT = 1048576, 1024, 64 -- OWN_BYTES: what a file takes beside its content
 local MOST_CHUNKS = 2 ^ 16 -- of a file: 64 GiB. A number that is damaged must not occupy Redis for ever.
 
 local function size_of(field)
-  return tonumber(redis.call('HGET', SIZES, field)) or 0
+  return read_size(SIZES, field)
 end
 
 local function count_bytes(id, owner, bytes)
-  redis.call('HINCRBY', SIZES, id, bytes)
-  redis.call('HINCRBY', SIZES, 'of:' .. owner, bytes)
-  redis.call('HINCRBY', SIZES, 'all', bytes)
+  for _, field in ipairs({id, 'of:' .. owner, 'all'}) do add_size(SIZES, field, bytes) end
 end
 
 local function remove_file(id)

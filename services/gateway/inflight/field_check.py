@@ -7,17 +7,20 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 
 from services.gateway.errors import older_build
-from shared.bus import leases
 from shared.bus.keys import Keys
+from shared.bus.leases import heeded_fields
 from shared.message_fields import GENERATION, generation_of
-from shared.messages import Output, Sampling
+from shared.messages import Encode, Generate
 
 FRESH_S = 0.25  # age up to which a look at the leases is used
-STAGES = ("mm_encoder", "engine", "postproc")  # one that is asleep has no replica, and will wake in the newest build
 
 
 class FieldCheck:
-    """Generation of fields that all living replicas behind the gateway heed, looked for when a request needs one."""
+    """Generation of fields that all living replicas behind the gateway heed, looked for when a request needs one.
+
+    A stage that is asleep has no replica to ask. It wakes in the newest build in an upgrade, and in the older one in a
+    rollback, where this is blind until an older replica of some stage has a lease (docs/operations.md).
+    """
 
     def __init__(self, redis: Redis, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis = redis
@@ -27,22 +30,18 @@ class FieldCheck:
         self._heeded = GENERATION
         self._looking = asyncio.Lock()
 
-    async def check(self, sampling: Sampling, output: Output) -> None:
+    async def check(self, work: Encode | Generate) -> None:
         """
         Raises:
             RequestError: 503, a replica lives that would leave out what this request asks for.
             RedisError: the leases cannot be read.
         """
-        needed, names = generation_of(sampling, output)
+        needed, names = generation_of(work)
         if needed == 0:
             return
         async with self._looking:
             if self._clock() - self._looked_at >= FRESH_S:
-                self._heeded = await self._look()
+                self._heeded = await heeded_fields(self._redis, self._keys)
                 self._looked_at = self._clock()
         if needed > self._heeded:
             raise older_build(names)
-
-    async def _look(self) -> int:
-        fleet = [replica for stage in STAGES for replica in await leases.live(self._redis, self._keys, stage)]
-        return min((each.fields for each in fleet if each.state != leases.UNREADABLE), default=GENERATION)

@@ -79,20 +79,36 @@ class Pipeline:
             RedisError: it could not be sent, or that is not known; what is left of it in Redis is removed once that
                 answers, except a request that has a key and was sent after all: it runs, for whoever repeats it.
         """
+        works = work_messages(open_request, parsed, metadata, self._options)
         async with self._submit_timeout():
-            await self._fields.check(parsed.sampling, parsed.output)
-            await self._admit_in_time(parsed.n, metadata)
-            await self._reserve(open_request, parsed, metadata.quota)
-            works = work_messages(open_request, parsed, metadata, self._options)
-            uploads = uploads_of(open_request, parsed)
-            open_request.mark_uploads(uploads)
-            earlier = await self._send(works, uploads, metadata)
+            earlier = await self._check_fields(works[0], metadata)
+            if earlier is None:
+                await self._admit_in_time(parsed.n, metadata)
+                await self._reserve(open_request, parsed, metadata.quota)
+                uploads = uploads_of(open_request, parsed)
+                open_request.mark_uploads(uploads)
+                earlier = await self._send(works, uploads, metadata)
         if earlier is not None:
             assert metadata.key is not None
             if earlier.body_hash != metadata.key.body_digest:
                 raise RequestError(REUSED_KEY)
             return earlier.request_ids[0]
         open_request.mark_submitted()
+        return None
+
+    async def _check_fields(self, work: Encode | Generate, metadata: RequestMetadata) -> Submission | None:
+        """Refuse what older replicas would not heed, unless it was submitted before: then return that submission.
+
+        Raises:
+            RequestError: 503, it is refused.
+        """
+        try:
+            await self._fields.check(work)
+        except RequestError:
+            earlier = None if metadata.key is None else await self._records.earlier(metadata.key.digest)
+            if earlier is None:
+                raise
+            return earlier
         return None
 
     async def _admit_in_time(self, count: int, metadata: RequestMetadata) -> None:

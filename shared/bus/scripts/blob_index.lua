@@ -3,13 +3,14 @@
 -- KEYS: index, sizes, pins
 -- ARGV: prefix of blob keys, bytes of a chunk, ...
 -- requires: typed
+-- requires: sizes
 -- requires: blob_owners
 local function count(field, bytes)
-  redis.call('HINCRBY', KEYS[2], field, bytes)
+  add_size(KEYS[2], field, bytes)
 end
 
 local function size_of(member)
-  return tonumber(redis.call('HGET', KEYS[2], member) or 0) or 0
+  return read_size(KEYS[2], member)
 end
 
 local MOST_CHUNKS = 2 ^ 16 -- of a blob: 64 GiB. A size that is damaged must not occupy Redis for ever.
@@ -50,7 +51,7 @@ end
 
 -- Evict blobs beyond the budget, but for the one of this name. It ends: each that goes is in the index or is owned.
 local function evict(budget, member)
-  while tonumber(redis.call('HGET', KEYS[2], 'sum')) > budget do
+  while size_of('sum') > budget do
     local going = next_to_go(member)
     if not going then return end
     delete_blob(going)

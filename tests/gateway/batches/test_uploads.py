@@ -140,3 +140,18 @@ async def test_a_file_whose_number_of_chunks_is_damaged_is_deleted(redis: Redis,
     await files.delete("file-up")
     assert await files.size("file-up") is None
     assert await redis.zcard(keys.files()) == 0
+
+
+@pytest.mark.parametrize("size", ["x", "-1", "1.5", "nan", "1e300", str(1 << 62)])
+async def test_a_file_whose_size_is_damaged_is_deleted_and_leaves_the_budget(
+    redis: Redis, keys: Keys, size: str
+) -> None:
+    files = FileStore(redis, keys, FileLimits(3600, 1 << 26, 1 << 26, 1 << 26, 50_000, 16 << 20))
+    await files.write("file-up", "o", 0, b"piece")
+    before = int(await redis.hget(keys.file_sizes(), "all") or b"")
+    await redis.hset(keys.file_sizes(), "file-up", size)
+    await files.delete("file-up")
+    assert await redis.zcard(keys.files()) == 0
+    assert 0 <= int(await redis.hget(keys.file_sizes(), "all") or b"") <= before
+    await files.write("file-up", "o", 0, b"piece")
+    assert await files.size("file-up") == 5

@@ -372,8 +372,16 @@ async def test_an_index_of_owners_that_has_lost_a_part_ends_no_eviction_late(
         assert sorted({name[0] for name in await kept(redis, keys)}) == ["a", "b", "c"]
 
 
-async def test_a_blob_whose_size_is_damaged_is_deleted_in_time(redis: Redis, keys: Keys, blobs: Blobs) -> None:
+@pytest.mark.parametrize("size", ["x", "-1", "1.5", "nan", "1e300", str(1 << 62)])
+async def test_a_blob_whose_size_is_damaged_is_deleted_in_time(
+    redis: Redis, keys: Keys, blobs: Blobs, size: str
+) -> None:
     await put_chunks(blobs, "a", 0)
-    await redis.hset(keys.blob_sizes(), "media:a0", 1 << 62)
+    await redis.hset(keys.blob_sizes(), "media:a0", size)
     await blobs.delete(MEDIA, ["a0"])
     assert await redis.zcard(keys.blobs()) == 0
+    taken = await redis.hget(keys.blob_sizes(), "sum")
+    assert taken is not None
+    assert 0 <= int(taken) <= CHUNK
+    await put_chunks(blobs, "b", *range(11))
+    assert len(await kept(redis, keys)) == (10 if int(taken) == 0 else 9), "the budget still holds"
