@@ -167,7 +167,7 @@ def test_a_picture_that_is_none_is_the_encoders_error_and_no_servers(client: Ope
 def test_a_request_that_is_refused_at_the_door(client: OpenAI, got: Collector) -> None:
     with pytest.raises(BadRequestError):
         client.chat.completions.create(
-            model="demo", messages=asked(SECRET), max_tokens=-1, extra_headers=traceparent(6)
+            model="demo", messages=asked(SECRET), max_tokens=-2, extra_headers=traceparent(6)
         )
     [server] = got.wait(have(SERVER), f"{6:032x}")
     assert server.attributes["http.response.status_code"] == 400
