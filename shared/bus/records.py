@@ -7,7 +7,7 @@ record that cannot be read is its own request's failure: whoever meets it ends t
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 from redis.asyncio import Redis
@@ -132,19 +132,24 @@ class Records:
 
     async def submitted(self, digests: Sequence[str]) -> list[str]:
         """Return the ids of the requests that were submitted under these idempotency keys (gateway)."""
-        found = await command(self._redis, "MGET", *map(self._keys.idempotency, digests)) if digests else []
-        known = [msgspec.json.decode(each, type=Submission) for each in found if each is not None]
-        return [request_id for submission in known for request_id in submission.request_ids]
+        return [request_id for each in await self._submissions(digests) for request_id in each.request_ids]
 
     async def earlier(self, digest: str) -> Submission | None:
         """Return the submission under an idempotency key; None if the key is void, in the sense of `submit_once`."""
-        (found,) = await command(self._redis, "MGET", self._keys.idempotency(digest))
-        try:
-            earlier = msgspec.json.decode(found or b"", type=Submission)
-        except ValueError:  # none, or damaged
-            return None
-        alive = await self.exists(earlier.request_ids)
-        return earlier if alive and alive.issuperset(earlier.request_ids) else None
+        for submission in await self._submissions([digest]):
+            alive = await self.exists(submission.request_ids)
+            if alive and alive.issuperset(submission.request_ids):
+                return submission
+        return None
+
+    async def _submissions(self, digests: Sequence[str]) -> list[Submission]:
+        """Return what is under these idempotency keys, but for keys that are void since they are gone or damaged."""
+        found = await command(self._redis, "MGET", *map(self._keys.idempotency, digests)) if digests else []
+        submissions = []
+        for each in found:
+            with suppress(ValueError):
+                submissions.append(msgspec.json.decode(each or b"", type=Submission))
+        return submissions
 
     async def shorten_keys(self, digests: Sequence[str], seconds: float) -> None:
         """Keep idempotency keys for this long from now (gateway)."""

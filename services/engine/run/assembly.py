@@ -74,7 +74,8 @@ def runner_for(
             times = replace(times, decode=rehearsal.measure_decodes(graphs, most, times.ms_per_cached_token))
         torch.cuda.empty_cache()
         keep_room_for_logits(model, settings.max_num_seqs)
-        # Not first behind the steps below: a look at all there is takes from the core's caches what a step needs.
+        # Before the steps below, as a look at all objects takes from the core's caches what a step needs. When the
+        # service is ready, the next look has little left to look at.
         keep_from_collector()
     builder = StepBuilder(model, settings.block_size, config.image_patch_id)
     grammar_masks = GrammarMasks(config.vocab_size, min(usable_cores(), MASK_THREADS))

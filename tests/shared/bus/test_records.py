@@ -83,6 +83,13 @@ async def test_a_key_is_free_again_when_one_of_its_requests_is_gone(records: Rec
     assert await records.submit_once(GENERATE, [generate("r3")], "digest", "x", 60) == Submission("body", ("r2",))
 
 
+@pytest.mark.parametrize("damaged", [b"{", b"\xff", b'{"body_hash":1,"request_ids":["r2"]}'])
+async def test_a_key_that_is_damaged_hides_no_other(redis: Redis, keys: Keys, records: Records, damaged: bytes) -> None:
+    assert await records.submit_once(GENERATE, [generate("r1")], "digest", "body", 60) is None
+    await redis.set(keys.idempotency("damaged"), damaged)
+    assert await records.submitted(["damaged", "digest", "absent"]) == ["r1"]
+
+
 async def test_of_two_who_use_a_key_at_once_one_submits(redis: Redis, keys: Keys, records: Records) -> None:
     both = [records.submit_once(ENCODE, [encode(name)], "digest", "body", 60) for name in ("r1", "r2")]
     first, second = await asyncio.gather(*both)
